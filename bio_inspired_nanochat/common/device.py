@@ -1,0 +1,62 @@
+"""Devices, dtypes and ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from bio_inspired_nanochat.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then MPS, then CPU. Under torchrun a CUDA device is the local rank's.
+
+    A CUDA device is probed with a launch, because a visible GPU may still be unusable by this build.
+    """
+    if name == "auto":
+        name = "cuda" if _cuda_works() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif name == "cuda" and not _cuda_works():
+        raise UserError("device=cuda is not usable: no CUDA GPU answers a test launch; use --device=cpu")
+    elif name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps is not available on this machine; use --device=cpu")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def _cuda_works() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return bool((torch.ones(8, device="cuda") + 1).sum().item() == 16)
+    except RuntimeError:
+        return False
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Activation dtype: bfloat16 on CUDA devices that have it (compute capability 8.0 and later), float32 elsewhere."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return torch.bfloat16
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among its peers, as torchrun announces it."""
+
+    index: int
+    local: int
+    world: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that writes files and prints."""
+        return self.index == 0
+
+
+def this_rank() -> Rank:
+    """The rank from torchrun's environment, or the single process."""
+    env = os.environ
+    return Rank(int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0")), int(env.get("WORLD_SIZE", "1")))

@@ -1,0 +1,67 @@
+"""Paths, atomic files, digests and the JSON line that ends every script."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bio_inspired_nanochat.errors import UserError
+
+
+def base_dir() -> Path:
+    """Where artefacts live: $NANOCHAT_BASE_DIR, by default ~/.cache/bio_inspired_nanochat. Created on first use."""
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "bio_inspired_nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"NANOCHAT_BASE_DIR={path} cannot be created ({error.strerror}): set it to a writable folder") from None
+    return path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: temporary file beside it, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def print_json_line(record: dict[str, Any]) -> None:
+    """The last line of every script's stdout: one JSON object (NaN and infinity become null, so that any parser reads it)."""
+    sys.stdout.write(json.dumps(_finite(record)) + "\n")
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value

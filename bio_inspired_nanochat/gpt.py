@@ -1,0 +1,301 @@
+"""GPT: one model for vanilla and synaptic attention, in the modern nanochat recipe.
+
+Rotary positions, QK norm, squared ReLU, RMS norm without gains, residual and embedding (x0) scalars per layer, an untied
+zero-initialised head with a soft cap, grouped key heads, a window pattern and optional value embeddings.
+
+Dimensions: B batch, T tokens, V vocabulary, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bio_inspired_nanochat.checkpoint import find_checkpoint, load_checkpoint
+from bio_inspired_nanochat.common import generator_for
+from bio_inspired_nanochat.config import GPTConfig, from_dict
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.synaptic import (
+    GAINS,
+    MLP,
+    CausalSelfAttention,
+    Chunk,
+    Linear,
+    Presynaptic,
+    SynapseState,
+    SynapticCausalSelfAttention,
+    rms_norm,
+    rotary,
+)
+
+SOFTCAP = 15.0
+GATE_CHANNELS = 12
+
+__all__ = ["GPT", "GPTConfig", "RunOutput"]
+
+
+class RunOutput(NamedTuple):
+    """What one forward pass returns: logits [B, T, V] float32 and, given targets, the mean loss in nats."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class Block(nn.Module):
+    """Attention and MLP on the normalised residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        synaptic = config.synapses and config.syn_cfg.active
+        self.attn = (SynapticCausalSelfAttention if synaptic else CausalSelfAttention)(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, doc: Tensor | None) -> Tensor:
+        """Whole sequences, x [B, T, n_embd]."""
+        x = x + self.attn(rms_norm(x), cos_sin, value_embed, doc)
+        return x + self.mlp(rms_norm(x))
+
+    def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state, chunk: Chunk) -> Tensor:
+        """The next chunk of running sequences, x [B, t, n_embd]."""
+        x = x + self.attn.step(rms_norm(x), cos_sin, value_embed, state, chunk)
+        return x + self.mlp(rms_norm(x))
+
+
+class ValueEmbedding(nn.Module):
+    """A second token embedding added to one layer's values, gated per key head by the first channels of the input."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+        self.gate = nn.Parameter(torch.empty(config.n_kv_head, min(GATE_CHANNELS, config.n_embd)))
+
+    def forward(self, idx: Tensor, x: Tensor) -> Tensor:
+        """idx [B, T] and normalised x [B, T, n_embd] to an addition [B, T, Hkv * D] for the values."""
+        gate = 3 * torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+        value = self.table(idx).to(x.dtype)
+        return (value.unflatten(-1, (len(self.gate), -1)) * gate[..., None]).flatten(-2)
+
+
+class GPT(nn.Module):
+    """The language model. Ready to use after construction; on the meta device call `init_weights` after `to_empty`."""
+
+    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        layers = [layer for layer in range(config.n_layer) if (config.n_layer - 1 - layer) % 2 == 0]
+        self.value_embeds = nn.ModuleDict({str(i): ValueEmbedding(config) for i in layers} if config.value_embeds else {})
+        self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.head = Linear(config.n_embd, config.vocab_size)
+        if self.embed.weight.device.type != "meta":
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Fill every parameter. Each draws from a generator keyed by (seed, name), so models that share names start equal."""
+        depth = torch.linspace(0, 1, self.config.n_layer)
+        bound = math.sqrt(3 / self.config.n_embd)
+        for name, parameter in self.named_parameters():
+            if ".synapse." in name:
+                continue
+            leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if leaf in ("o", "w_out", "head", "gate"):
+                parameter.zero_()
+            elif leaf == "resid_scale":
+                parameter.copy_(1.15 - 0.10 * depth)
+            elif leaf == "x0_scale":
+                parameter.copy_(0.20 - 0.15 * depth)
+            else:
+                values = torch.empty(parameter.shape)
+                generator = generator_for(seed, name)
+                if leaf == "embed":
+                    values.normal_(0, 0.8, generator=generator)
+                else:
+                    limit = 0.4 * bound if leaf == "w_in" else bound
+                    values.uniform_(-limit, limit, generator=generator)
+                parameter.copy_(values)
+        for module in self.modules():
+            if isinstance(module, Presynaptic):
+                module.init_weights()
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> GPT:
+        """Dtype of activations and caches; parameters stay float32."""
+        self.compute_dtype = dtype
+        return self
+
+    def _documents(self, idx: Tensor) -> Tensor | None:
+        """Document id per position [B, T] (the number of BOS tokens read so far), when documents are kept apart."""
+        return (idx == self.config.bos_token_id).cumsum(1) if self.config.doc_mask else None
+
+    def _embed(self, idx: Tensor) -> Tensor:
+        dtype = self.compute_dtype if self.embed.weight.dtype == torch.float32 else self.embed.weight.dtype
+        return rms_norm(self.embed(idx).to(dtype))
+
+    def _enter(self, layer: int, x: Tensor, x0: Tensor, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scaled input of a block and its value embedding, if it has one."""
+        x = self.resid_scale[layer].to(x.dtype) * x + self.x0_scale[layer].to(x.dtype) * x0
+        table = dict(self.value_embeds.items()).get(str(layer))
+        return x, None if table is None else table(idx, rms_norm(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self.head(rms_norm(x)).to(torch.promote_types(x.dtype, torch.float32))
+        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input or one longer than a state allows."""
+        self._check_ids(idx)
+        positions = torch.arange(idx.shape[1], device=idx.device)[None]
+        x = x0 = self._embed(idx)
+        cos_sin = rotary(positions, self.config.head_dim, x.dtype)
+        doc = self._documents(idx)
+        for layer, block in enumerate(self.blocks):
+            x, value_embed = self._enter(layer, x, x0, idx)
+            x = block(x, cos_sin, value_embed, doc)
+        return self._logits(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] float32, or with targets [B, T] (-1 ignored) the mean cross-entropy in nats."""
+        out = self.run(idx, targets)
+        return out.logits if out.loss is None else out.loss
+
+    def run(self, idx: Tensor, targets: Tensor | None = None) -> RunOutput:
+        """One pass over whole sequences; never changes the model."""
+        logits = self.logits(idx)
+        if targets is None:
+            return RunOutput(logits, None)
+        return RunOutput(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1))
+
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each token in nats [B, T] float32; 0 where the target is -1."""
+        losses = F.cross_entropy(self.logits(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        return losses.view_as(targets)
+
+    def init_state(self, batch_size: int, max_len: int) -> SynapseState:
+        """KV cache and synapse state of `batch_size` fresh sequences of at most `max_len` tokens."""
+        if batch_size < 1 or max_len < 1:
+            raise UserError(f"init_state(batch_size={batch_size}, max_len={max_len}): both must be at least 1")
+        device, dtype = self.embed.weight.device, self._embed(torch.zeros(1, 1, dtype=torch.long, device=self.embed.weight.device)).dtype
+        layers = [block.attn.init_state(batch_size, max_len, device, dtype) for block in self.blocks]
+        doc = torch.zeros(batch_size, max_len, dtype=torch.long, device=device) if self.config.doc_mask else None
+        return SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc)
+
+    @torch.no_grad()
+    def step(self, idx: Tensor, state: SynapseState, lengths: list[int] | Tensor | None = None) -> Tensor:
+        """Read the next chunk idx [B, t] of every sequence, advance `state` in place and return logits [B, t, V].
+
+        `lengths` [B] says how many tokens of each row are real (1..t); the rest is right padding, changes nothing, and its
+        logits are meaningless. Raises UserError when a row would pass the state's max_len or shapes do not match.
+        """
+        self._check_ids(idx)
+        counts = [idx.shape[1]] * idx.shape[0] if lengths is None else [int(n) for n in lengths]
+        starts = state.pos.tolist()
+        self._check_step(idx, state, starts, counts)
+        chunk = Chunk.of(starts, counts, idx.shape[1], idx.device)
+        if state.doc is not None:
+            self._extend_documents(idx, state, chunk)
+        positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(idx.shape[1], device=idx.device)
+        x = x0 = self._embed(idx)
+        cos_sin = rotary(positions, self.config.head_dim, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x, value_embed = self._enter(layer, x, x0, idx)
+            x = block.step(x, cos_sin, value_embed, state.layers[layer], chunk)
+        state.pos += torch.tensor(counts)
+        return self._logits(x)
+
+    def _extend_documents(self, idx: Tensor, state: SynapseState, chunk: Chunk) -> None:
+        before = torch.stack([state.doc[row, a - 1] if a else state.doc.new_zeros(()) for row, a in enumerate(chunk.starts)])
+        chunk.write(state.doc, before[:, None] + self._documents(idx), dim=1)
+        chunk.doc = state.doc[:, : chunk.stop]
+
+    def _check_ids(self, idx: Tensor) -> None:
+        if idx.dim() != 2 or idx.shape[1] == 0:
+            raise UserError(f"token ids have shape {list(idx.shape)}: expected [batch, tokens] with at least one token")
+
+    def _check_step(self, idx: Tensor, state: SynapseState, starts: list[int], counts: list[int]) -> None:
+        if idx.shape[0] != state.batch_size or len(counts) != state.batch_size:
+            raise UserError(f"a chunk of {idx.shape[0]} rows does not fit a state of {state.batch_size} sequences")
+        if len(state.layers) != len(self.blocks) or set(state.layers[0].tensors()) != set(self.init_state(1, 1).layers[0].tensors()):
+            raise UserError("this state belongs to another model: make one with model.init_state")
+        for row, (begin, count) in enumerate(zip(starts, counts, strict=True)):
+            if not 1 <= count <= idx.shape[1]:
+                raise UserError(f"lengths[{row}]={count} is out of bounds [1, {idx.shape[1]}]")
+            if begin + count > state.max_len:
+                raise UserError(
+                    f"row {row} would reach {begin + count} tokens, past this state's max_len={state.max_len}: start with a larger max_len"
+                )
+
+    def param_roles(self) -> dict[str, str]:
+        """What each parameter is for the optimizer: matrix, embed, value_embed, head, scalar, gate or kinetics."""
+        roles = {}
+        for name, parameter in self.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if ".synapse." in name:
+                roles[name] = "gate" if leaf.startswith("gate_") else "kinetics"
+            elif name.startswith("value_embeds."):
+                roles[name] = "value_embed" if leaf == "weight" else "gate"
+            elif name.startswith(("embed.", "head.")):
+                roles[name] = name.split(".")[0]
+            else:
+                roles[name] = "matrix" if parameter.ndim == 2 else "scalar"
+        return roles
+
+    def num_params(self) -> int:
+        """Number of learned values."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training operations per token, forward and backward: 6 per matrix weight, 12 D per head and visible pair on average.
+
+        A synaptic layer adds its drive, a second product of queries and keys: 6 D per head and pair.
+        """
+        cfg = self.config
+        lookups = {name for name, role in self.param_roles().items() if role in ("embed", "value_embed", "scalar", "kinetics")}
+        flops = 6 * sum(p.numel() for name, p in self.named_parameters() if name not in lookups)
+        for layer in range(cfg.n_layer):
+            window = min(cfg.window(layer) or cfg.sequence_len, cfg.sequence_len)
+            pairs = window - window * (window - 1) / (2 * cfg.sequence_len)
+            synaptic = cfg.synapses and cfg.syn_cfg.presyn
+            flops += int((18 if synaptic else 12) * cfg.n_embd * pairs)
+        return flops
+
+    def gains(self) -> list[dict[str, list[float]]]:
+        """Learned output gains per layer: one list over heads for each gain that exists; empty for a vanilla model."""
+        found = []
+        for block in self.blocks:
+            synapse = getattr(block.attn, "synapse", None)
+            if synapse is not None:
+                found.append({name: getattr(synapse, name).detach().float().tolist() for name in GAINS if hasattr(synapse, name)})
+        return found
+
+    @torch.no_grad()
+    def zero_gains(self) -> GPT:
+        """Set every output gain to zero, which makes the model compute vanilla attention. Changes the model."""
+        for module in self.modules():
+            if isinstance(module, Presynaptic):
+                for name in GAINS:
+                    if hasattr(module, name):
+                        getattr(module, name).zero_()
+        return self
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> GPT:
+        """The model of a checkpoint (a step directory or a folder of them), in evaluation mode on `device`."""
+        checkpoint = load_checkpoint(find_checkpoint(path))
+        config = from_dict(GPTConfig, checkpoint.meta["model_config"])
+        with torch.device("meta"):
+            model = cls(config)
+        expected = dict(model.state_dict())
+        wrong = [name for name in expected if name not in checkpoint.model or checkpoint.model[name].shape != expected[name].shape]
+        wrong += [name for name in checkpoint.model if name not in expected]
+        if wrong:
+            raise UserError(f"checkpoint {checkpoint.path} does not fit its own model_config: tensor {wrong[0]!r}")
+        model.load_state_dict(checkpoint.model, assign=True)
+        return model.to(device).eval()

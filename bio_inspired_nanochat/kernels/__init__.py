@@ -1,0 +1,133 @@
+"""The three attention operators of a synaptic layer and their executions.
+
+    U           = tick_drive(q, k, theta, tick, scale, ...)             drive that each key collects per tick
+    beta, state = presyn(U / tick, params, state, ...)                  biochemistry of every terminal over the ticks
+    y           = tick_biased_attention(q, k, v, beta, tick, scale, ...)  attention whose logits carry the terminals' bias
+
+Backends: `reference` is the definition, `sdpa` the portable fast execution; `auto` takes `sdpa` wherever it can serve the
+call. An explicit backend that cannot serve a call is a UserError, never a silent replacement.
+
+Dimensions: B batch, H query heads, Hkv key heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.kernels import portable, reference
+from bio_inspired_nanochat.kernels.masks import QStart, num_ticks
+from bio_inspired_nanochat.kernels.reference import phi, presyn_bias, presyn_step, released
+from bio_inspired_nanochat.kernels.scan import running_sum
+from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
+
+BACKENDS = ("auto", "reference", "sdpa")
+
+__all__ = [
+    "BACKENDS",
+    "PresynParams",
+    "PresynState",
+    "num_ticks",
+    "phi",
+    "presyn",
+    "presyn_bias",
+    "presyn_step",
+    "released",
+    "running_sum",
+    "tick_biased_attention",
+    "tick_drive",
+]
+
+
+def _choose(operator: str, backend: str, obstacle: str | None = None) -> str:
+    """Resolve `backend` for one call; `obstacle` says why the sdpa execution cannot serve it."""
+    if backend not in BACKENDS:
+        raise UserError(f"backend={backend!r} is not valid for {operator}: one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "reference" if obstacle else "sdpa"
+    if backend == "sdpa" and obstacle:
+        raise UserError(f"backend='sdpa' cannot serve this {operator} call: {obstacle}; use backend='reference' or 'auto'")
+    return backend
+
+
+def tick_drive(
+    q: Tensor,
+    k: Tensor,
+    theta: Tensor,
+    tick: int,
+    scale: float,
+    *,
+    q_start: QStart = 0,
+    window: int | None = None,
+    doc: Tensor | None = None,
+    q_len: Tensor | None = None,
+    kind: str = "phi",
+    backend: str = "auto",
+) -> Tensor:
+    """The drive U[n, j] = sum over queries t of tick n with t > j of phi(q_t . k_j * scale - theta), unmasked pairs only.
+
+    Args:
+        q: [B, H, Tq, D]; query i sits at absolute position q_start + i. k: [B, Hkv, Tk, D]; key j sits at position j.
+        theta: [H] threshold on the logit. tick: c, tokens per tick. scale: factor of the logit.
+        q_start: a common start, or one per row as an integer tensor [B].
+        window: W, only pairs with t - j < W. doc: [B, T] document id per position, only pairs in one document.
+        q_len: [B] real queries per row (the rest is right padding and drives nothing).
+        kind: "phi" or "softplus".
+
+    Returns:
+        [B, H, N, Tk] in theta's dtype, over the N ticks that the queries touch. Differentiable in q, k and theta.
+    """
+    ragged = not isinstance(q_start, int) or q_len is not None
+    chosen = _choose("tick_drive", backend, "rows start at different positions" if ragged else None)
+    if chosen == "sdpa":
+        return portable.tick_drive(q, k, theta, tick, scale, q_start=q_start, window=window, doc=doc, kind=kind)
+    return reference.tick_drive(q, k, theta, tick, scale, q_start=q_start, window=window, doc=doc, q_len=q_len, kind=kind)
+
+
+def presyn(
+    drive: Tensor,
+    params: PresynParams,
+    state: PresynState | None = None,
+    *,
+    closed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, PresynState]:
+    """Run every terminal over N ticks, elementwise per (b, h, j) and sequential over n only.
+
+    Args:
+        drive: [B, H, N, Tk] mean drive I per token of each tick (U / c), >= 0.
+        state: terminals at the start of the first tick, with what that tick has collected before this call; None: at rest.
+        closed: how many of the N ticks end inside this call, common or one per row [B] (None: all of them).
+
+    Returns:
+        beta [B, H, N, Tk], the bias of each tick from the state at its start, and the state at the start of the tick that
+        is left open, with the drive collected in it. Differentiable in drive, params and state.
+    """
+    chosen = _choose("presyn", backend, "rows close different numbers of ticks" if isinstance(closed, Tensor) else None)
+    if chosen == "sdpa":
+        return portable.presyn(drive, params, state, closed)
+    return reference.presyn(drive, params, state, closed)
+
+
+def tick_biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    tick: int,
+    scale: float,
+    *,
+    q_start: QStart = 0,
+    window: int | None = None,
+    doc: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal softmax attention with logits q_t . k_j * scale + beta[n(t), j].
+
+    Args are those of `tick_drive`; v: [B, Hkv, Tk, D]; beta: [B, H, N, Tk], or None for plain attention.
+
+    Returns:
+        y: [B, H, Tq, D] in v's dtype. Differentiable in q, k, v and beta.
+    """
+    execution = portable if _choose("tick_biased_attention", backend) == "sdpa" else reference
+    return execution.tick_biased_attention(q, k, v, beta, tick, scale, q_start=q_start, window=window, doc=doc)

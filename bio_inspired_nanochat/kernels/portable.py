@@ -1,0 +1,213 @@
+"""The `sdpa` backend: the three operators from PyTorch's own fast parts, on any device, without a custom kernel.
+
+tick_drive walks the queries in blocks and recomputes the logits in its backward, so no T x T tensor outlives a block.
+presyn evaluates everything elementwise over all ticks at once and leaves only two linear recurrences sequential.
+tick_biased_attention adds the bias inside scaled_dot_product_attention by a one-hot tick augmentation:
+q' = [q, onehot(n)], k' = [k, beta / scale], in blocks of queries whose ticks fit beside the head.
+
+Dimensions: B batch, H query heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
+
+from bio_inspired_nanochat.kernels.masks import QStart, allowed, local_ticks, num_ticks, query_positions
+from bio_inspired_nanochat.kernels.reference import bias_of, calcium_step, expand_heads, phi, pool_step, release_logit
+from bio_inspired_nanochat.kernels.scan import linear_scan
+from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
+
+DRIVE_TICKS = 32
+CPU_TICKS = 32
+WIDEST_FLASH_HEAD = 256
+
+
+def _ticks_per_block(q: Tensor) -> int:
+    """Ticks in one attention call: on CUDA as many as flash attention's head size leaves room for, which saves calls."""
+    return max(8, WIDEST_FLASH_HEAD - q.shape[-1]) if q.is_cuda else CPU_TICKS
+
+
+def _query_blocks(q_start: QStart, length: int, tick: int, ticks: int) -> list[tuple[int, int]]:
+    """Ranges of queries that touch at most `ticks` ticks each; whole ticks where all rows start together."""
+    if isinstance(q_start, int):
+        first, size = tick * ticks - q_start % tick, tick * ticks
+    else:
+        first = size = tick * (ticks - 1) + 1
+    edges = [0, *range(first, length, size), length]
+    return [(a, b) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def _key_range(q_start: QStart, begin: int, end: int, keys: int, window: int | None) -> tuple[int, int]:
+    """The keys that queries [begin, end) can see at all. Rows with their own starts keep every key (no host sync)."""
+    if not isinstance(q_start, int):
+        return 0, keys
+    low = 0 if window is None else max(0, q_start + begin - window + 1)
+    return low, min(keys, q_start + end)
+
+
+def _slope(x: Tensor, kind: str) -> Tensor:
+    """Derivative of `phi`."""
+    return torch.sigmoid(x) if kind == "softplus" else (x + 1).clamp(0, 2) / 2
+
+
+class _Drive(torch.autograd.Function):
+    """tick_drive for a common integer start; blocks are whole ticks, so a tick's sum is one reshape."""
+
+    @staticmethod
+    def _block(ctx_args, q, k, theta, begin, end):
+        _, scale, q_start, window, doc, _ = ctx_args
+        low, high = _key_range(q_start, begin, end, k.shape[2], window)
+        keys = k[:, :, low:high]
+        x = torch.matmul(q[:, :, begin:end], keys.transpose(-1, -2)).to(theta.dtype) * scale - theta[:, None, None]
+        positions = query_positions(q_start + begin, end - begin, q.device)
+        mask = allowed(positions, torch.arange(low, high, device=q.device), window=window, doc=doc, diagonal=False)
+        return x, mask, keys, slice(low, high)
+
+    @staticmethod
+    def _tick_span(q_start: int, begin: int, end: int, tick: int) -> tuple[int, int, int]:
+        """(first local tick, number of ticks, padding in front) of queries [begin, end)."""
+        base = q_start // tick
+        first, last = (q_start + begin) // tick, (q_start + end - 1) // tick
+        return first - base, last - first + 1, (q_start + begin) - first * tick
+
+    @staticmethod
+    def forward(ctx, q, k, theta, tick, scale, q_start, window, doc, kind):
+        args = (tick, scale, q_start, window, doc, kind)
+        batch, heads, length, _ = q.shape
+        total = theta.new_zeros(batch, heads, num_ticks(q_start, length, tick), k.shape[2])
+        for begin, end in _query_blocks(q_start, length, tick, DRIVE_TICKS):
+            x, mask, _, span = _Drive._block(args, q, k, theta, begin, end)
+            drive = torch.where(mask, phi(x, kind), 0.0)
+            first, count, front = _Drive._tick_span(q_start, begin, end, tick)
+            back = count * tick - front - (end - begin)
+            if front or back:
+                drive = F.pad(drive, (0, 0, front, back))
+            total[:, :, first : first + count, span] = drive.unflatten(2, (count, tick)).sum(3)
+        ctx.save_for_backward(q, k, theta)
+        ctx.args = args
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, theta = ctx.saved_tensors
+        tick, scale, q_start, *_, kind = ctx.args
+        grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k, dtype=theta.dtype)
+        grad_theta = torch.zeros_like(theta)
+        for begin, end in _query_blocks(q_start, q.shape[2], tick, DRIVE_TICKS):
+            x, mask, keys, span = _Drive._block(ctx.args, q, k, theta, begin, end)
+            first, count, front = _Drive._tick_span(q_start, begin, end, tick)
+            spread = grad[:, :, first : first + count, span].repeat_interleave(tick, dim=2)[:, :, front : front + end - begin]
+            slope = torch.where(mask, _slope(x, kind) * spread, 0.0)
+            grad_theta -= slope.sum((0, 2, 3))
+            slope = (slope * scale).to(q.dtype)
+            grad_q[:, :, begin:end] = torch.matmul(slope, keys)
+            grad_k[:, :, span] += torch.matmul(slope.transpose(-1, -2), q[:, :, begin:end])
+        return grad_q, grad_k.to(k.dtype), grad_theta, *[None] * 6
+
+
+def tick_drive(
+    q: Tensor,
+    k: Tensor,
+    theta: Tensor,
+    tick: int,
+    scale: float,
+    *,
+    q_start: int = 0,
+    window: int | None = None,
+    doc: Tensor | None = None,
+    kind: str = "phi",
+) -> Tensor:
+    """See `kernels.tick_drive`; takes a common start of all rows."""
+    return _Drive.apply(q, expand_heads(k, q.shape[1]), theta, tick, scale, q_start, window, doc, kind)
+
+
+def presyn(drive: Tensor, p: PresynParams, state: PresynState | None, closed: int | None = None) -> tuple[Tensor, PresynState]:
+    """See `kernels.presyn`; takes a common number of closed ticks of all rows."""
+    batch, heads, ticks, keys = drive.shape
+    state = state or PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype)
+    closed = ticks if closed is None else closed
+    if ticks:
+        drive = torch.cat([drive[:, :, :1] + state.open_drive[:, :, None], drive[:, :, 1:]], dim=2)
+    decay, influx = (value[:, None] for value in calcium_step(p))
+    calcium = linear_scan(decay.expand(batch, heads, ticks, 1), influx * drive, state.calcium)
+    by_tick = _with_tick_axis(p)
+    logit = release_logit(calcium, by_tick)
+    pool_decay, pool_target = pool_step(drive, logit[:, :, :-1], by_tick)
+    vesicles = linear_scan(pool_decay, pool_target * (1 - pool_decay), state.vesicles)
+    beta = bias_of(calcium[:, :, :-1], vesicles[:, :, :-1], by_tick, logit[:, :, :-1])
+    left = drive[:, :, closed] if closed < ticks else torch.zeros_like(state.open_drive)
+    return beta, PresynState(calcium[:, :, closed], vesicles[:, :, closed], left)
+
+
+def _with_tick_axis(p: PresynParams) -> PresynParams:
+    """The same parameters with tensors [H, 1], so that `[:, None]` broadcasts against [B, H, N, Tk]."""
+    return PresynParams(*[value[:, None] if isinstance(value, Tensor) else value for value in p])
+
+
+def tick_biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    tick: int,
+    scale: float,
+    *,
+    q_start: QStart = 0,
+    window: int | None = None,
+    doc: Tensor | None = None,
+) -> Tensor:
+    """See `kernels.tick_biased_attention`."""
+    heads, length, head_dim = q.shape[1:]
+    k, v = expand_heads(k, heads), expand_heads(v, heads)
+    plain = window is None and doc is None and isinstance(q_start, int)
+    if beta is None:
+        return _attend(q, k, v, scale, plain, q_start, window, doc, slice(0, k.shape[2]))
+    positions = query_positions(q_start, length, q.device)
+    ticks = local_ticks(q_start, positions, tick)
+    outputs, most = [], _ticks_per_block(q)
+    for begin, end in _query_blocks(q_start, length, tick, most):
+        low, high = _key_range(q_start, begin, end, k.shape[2], window)
+        base = ticks[:, begin : begin + 1]
+        if isinstance(q_start, int):
+            first = (q_start + begin) // tick - q_start // tick
+            count = (q_start + end - 1) // tick - q_start // tick + 1 - first
+            bias = beta[:, :, first : first + count, low:high]
+        else:
+            count = min(most, beta.shape[2])
+            rows = (base + torch.arange(count, device=q.device)).clamp(max=beta.shape[2] - 1)
+            bias = beta.gather(2, rows[:, None, :, None].expand(-1, heads, -1, beta.shape[3]))
+        onehot = F.one_hot(ticks[:, begin:end] - base, count).to(q.dtype)
+        spare = -(head_dim + count) % 8
+        onehot = F.pad(onehot, (0, spare))[:, None].expand(q.shape[0], heads, -1, -1)
+        columns = F.pad((bias / scale).to(k.dtype), (0, 0, 0, spare)).transpose(-1, -2)
+        wide_q = torch.cat([q[:, :, begin:end], onehot], dim=-1)
+        wide_k = torch.cat([k[:, :, low:high], columns], dim=-1)
+        wide_v = F.pad(v[:, :, low:high], (0, count + spare))
+        start = q_start + begin
+        y = _attend(wide_q, wide_k, wide_v, scale, plain, start, window, doc, slice(low, high))
+        outputs.append(y[..., :head_dim])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, plain: bool, q_start: QStart, window: int | None, doc: Tensor | None, span: slice
+) -> Tensor:
+    """scaled_dot_product_attention of queries from q_start against the keys at absolute positions `span`."""
+    length, keys = q.shape[2], k.shape[2]
+    if plain and q_start + length == span.stop:
+        if length == keys:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        if length == 1:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        if q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(length, keys), scale=scale)
+    positions = query_positions(q_start, length, q.device)
+    mask = allowed(positions, torch.arange(span.start, span.stop, device=q.device), window=window, doc=doc)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -1,0 +1,90 @@
+"""Sequential sums over ticks and tokens as custom operators: opaque to torch.compile, so a compiled model has no graph break.
+
+Dimensions: B batch, H query heads, N ticks, Tk keys, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("bio_inspired_nanochat::linear_scan", mutates_args=())
+def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+    """x[n+1] = a[n] x[n] + b[n] over dimension 2.
+
+    a: [B, H, N, Tk] or [B, H, N, 1]; b: [B, H, N, Tk]; start: x[0] [B, H, Tk]. Returns x[0..N], [B, H, N+1, Tk].
+    """
+    batch, heads, ticks, keys = b.shape
+    x = b.new_empty(batch, heads, ticks + 1, keys)
+    x[:, :, 0] = start
+    for n in range(ticks):
+        torch.addcmul(b[:, :, n], a[:, :, n], x[:, :, n], out=x[:, :, n + 1])
+    return x
+
+
+@linear_scan.register_fake
+def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+    batch, heads, ticks, keys = b.shape
+    return b.new_empty(batch, heads, ticks + 1, keys)
+
+
+@torch.library.custom_op("bio_inspired_nanochat::linear_scan_adjoint", mutates_args=())
+def linear_scan_adjoint(a: Tensor, grad: Tensor) -> Tensor:
+    """Adjoint of the scan's states, [B, H, N+1, Tk]: g[n] = grad[n] + a[n] g[n+1]."""
+    adjoint = grad.clone(memory_format=torch.contiguous_format)
+    for n in range(a.shape[2] - 1, -1, -1):
+        adjoint[:, :, n].addcmul_(a[:, :, n], adjoint[:, :, n + 1])
+    return adjoint
+
+
+@linear_scan_adjoint.register_fake
+def _(a: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _linear_scan_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _linear_scan_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, x = ctx.saved_tensors
+    adjoint = linear_scan_adjoint(a, grad)
+    grad_b = adjoint[:, :, 1:]
+    return (grad_b * x[:, :, :-1]).sum_to_size(a.shape), grad_b, adjoint[:, :, 0]
+
+
+linear_scan.register_autograd(_linear_scan_backward, setup_context=_linear_scan_setup)
+
+
+@torch.library.custom_op("bio_inspired_nanochat::running_sum", mutates_args=())
+def running_sum(x: Tensor) -> Tensor:
+    """Inclusive sum over the last dimension in float64, so that differences of distant sums stay exact (float32 on MPS)."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64).cumsum(-1)
+
+
+@running_sum.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+@torch.library.custom_op("bio_inspired_nanochat::running_sum_adjoint", mutates_args=())
+def running_sum_adjoint(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum from the end over the last dimension: the adjoint of `running_sum`, in the dtype of its input."""
+    return grad.flip(-1).cumsum(-1).flip(-1).to(dtype)
+
+
+@running_sum_adjoint.register_fake
+def _(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def _running_sum_setup(ctx, inputs, output) -> None:
+    ctx.dtype = inputs[0].dtype
+
+
+def _running_sum_backward(ctx, grad: Tensor) -> Tensor:
+    return running_sum_adjoint(grad, ctx.dtype)
+
+
+running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_setup)

@@ -1,0 +1,209 @@
+"""The list of synaptic mechanisms: contract tests, parameter census, ablation study and the README's tables all read it from here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bio_inspired_nanochat.config.knobs import Knob, format_number, kinds_of, knobs_of
+from bio_inspired_nanochat.config.synaptic import SynapticConfig
+from bio_inspired_nanochat.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One mechanism of a synapse.
+
+    on, off: the SynapticConfig fields that switch it, with the value for on and for off (`on` may set more than the switch);
+    source: where its equation comes from; knobs: the fields that matter only while it is on; needs: the mechanisms without which
+    it does nothing.
+    """
+
+    name: str
+    doc: str
+    on: Mapping[str, Any]
+    off: Mapping[str, Any]
+    source: str
+    knobs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Every field that belongs to the mechanism: its switches and its knobs."""
+        return frozenset(self.on) | frozenset(self.off) | frozenset(self.knobs)
+
+    def is_on(self, config: SynapticConfig) -> bool:
+        """Whether the mechanism acts in a config: a named choice must be its own, a number or switch must differ from off."""
+        for name, off in self.off.items():
+            value = getattr(config, name)
+            if value == off or (isinstance(off, str) and value != self.on[name]):
+                return False
+        return all(MECHANISMS[need].is_on(config) for need in self.needs)
+
+
+# Fields that no single mechanism owns: the time grid and a numerical floor.
+GENERAL: tuple[str, ...] = ("tick", "epsilon")
+
+_ALL = (
+    Mechanism(
+        "presyn",
+        "presynaptic terminals: calcium facilitates, vesicle depletion depresses, both bias the attention logits",
+        on={"presyn": True},
+        off={"presyn": False},
+        source="short-term plasticity in rate form (Tsodyks & Markram 1997), integrated exactly over a tick",
+        knobs=(
+            "lambda_loge",
+            "theta",
+            "tau_c",
+            "tau_rrp",
+            "alpha_ca",
+            "syt_fast_kd",
+            "syt_gain",
+            "release_bias",
+            "release_rate",
+        ),
+    ),
+    Mechanism(
+        "drive_softplus",
+        "calcium drive through softplus instead of the piecewise quadratic phi",
+        on={"drive": "softplus"},
+        off={"drive": "phi"},
+        source="the drive of the pilot study; phi is its C1 form without a transcendental",
+        needs=("presyn",),
+    ),
+    Mechanism(
+        "slow_sensor",
+        "a second calcium sensor of low affinity (Syt7) beside the fast one (Syt1)",
+        on={"syt_mix": 0.7},
+        off={"syt_mix": 1.0},
+        source="Hill activation of order one for each sensor, mixed by w; Syt7 as the facilitation sensor (Jackman et al. 2016)",
+        knobs=("syt_slow_kd",),
+        needs=("presyn",),
+    ),
+    Mechanism(
+        "bias_limit",
+        "smooth limit of the synaptic bias, beta_max tanh(beta / beta_max)",
+        on={"beta_max": 8.0},
+        off={"beta_max": 0.0},
+        source="own: keeps an adversarial drive from silencing a key for good",
+        needs=("presyn",),
+    ),
+    Mechanism(
+        "barrier_linear",
+        "septin barrier as a learned slope on distance, per head",
+        on={"barrier": "linear"},
+        off={"barrier": "none"},
+        source="linear attention bias (Press et al. 2022) with a learned slope, per token and never divided by the length",
+        knobs=("barrier_strength",),
+    ),
+    Mechanism(
+        "barrier_gated",
+        "septin barrier as a forgetting gate, per head and token",
+        on={"barrier": "gated"},
+        off={"barrier": "none"},
+        source="forgetting attention (Lin et al. 2025): the sum of -log f between key and query",
+        knobs=("barrier_strength",),
+    ),
+)
+
+MECHANISMS: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in _ALL}
+
+
+def closure(*names: str) -> list[str]:
+    """The named mechanisms and everything that they need, in the order of `MECHANISMS`. Raises UserError for an unknown name."""
+    wanted: set[str] = set()
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        if name not in MECHANISMS:
+            raise UserError(f"mechanism={name!r} is not valid: one of {', '.join(MECHANISMS)}{nearest(name, MECHANISMS)}")
+        if name not in wanted:
+            wanted.add(name)
+            queue += MECHANISMS[name].needs
+    return [name for name in MECHANISMS if name in wanted]
+
+
+def config_with(*names: str, **overrides: Any) -> SynapticConfig:
+    """A config with only the named mechanisms on (and those that they need), all others off, and `overrides` on top.
+
+    Raises UserError for an unknown name and for two that exclude each other.
+    """
+    values: dict[str, Any] = {}
+    for mechanism in MECHANISMS.values():
+        values |= mechanism.off
+    setter: dict[str, str] = {}
+    for name in closure(*names):
+        for field, value in MECHANISMS[name].on.items():
+            other = setter.setdefault(field, name)
+            if MECHANISMS[other].on[field] != value:
+                raise UserError(f"mechanisms {other} and {name} exclude each other: both set {field}")
+            values[field] = value
+    return dataclasses.replace(SynapticConfig(), **(values | overrides))
+
+
+def config_without(config: SynapticConfig, name: str) -> SynapticConfig:
+    """The ablation of one mechanism: `config` with its off values. Raises UserError for an unknown name."""
+    closure(name)
+    return dataclasses.replace(config, **MECHANISMS[name].off)
+
+
+def active_mechanisms(config: SynapticConfig) -> list[str]:
+    """Names of the mechanisms that act in a config, in the order of `MECHANISMS`."""
+    return [name for name, mechanism in MECHANISMS.items() if mechanism.is_on(config)]
+
+
+def owners(field: str) -> list[str]:
+    """Names of the mechanisms that a SynapticConfig field belongs to; empty for a general field."""
+    return [name for name, mechanism in MECHANISMS.items() if field in mechanism.fields]
+
+
+class KnobRow(NamedTuple):
+    """One line of a knob table, all text."""
+
+    name: str
+    default: str
+    bounds: str
+    unit: str
+    meaning: str
+
+
+def knob_table(cls: type, prefix: str = "") -> list[KnobRow]:
+    """A row for every field of a config class, nested configs included under their dotted names."""
+    rows: list[KnobRow] = []
+    records, kinds = knobs_of(cls), kinds_of(cls)
+    for field in dataclasses.fields(cls):
+        record = records[field.name]
+        if kinds[field.name].nested:
+            rows += knob_table(kinds[field.name].base, f"{prefix}{field.name}.")
+            continue
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        bounds = "0 or 1" if kinds[field.name].base is bool else record.bounds()
+        rows.append(KnobRow(prefix + field.name, _default(made, record), bounds, record.unit, record.doc))
+    return rows
+
+
+def _default(value: Any, record: Knob) -> str:
+    if value is dataclasses.MISSING:
+        return "required"
+    if value is None:
+        return record.none
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return format_number(value) if isinstance(value, float) else str(value)
+
+
+def markdown_table(rows: Sequence[Sequence[str]], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table that ends with a newline. Without `columns` the rows must be named tuples, whose fields head it."""
+    if columns is None:
+        assert rows and hasattr(rows[0], "_fields"), "columns are missing"
+        columns = rows[0]._fields  # type: ignore[attr-defined]
+    lines = [list(columns), ["---"] * len(columns), *([_escape(str(cell)) for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _escape(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|")

@@ -1,0 +1,117 @@
+"""SynapticCausalSelfAttention: attention whose keys are presynaptic terminals.
+
+Each query head h and key position j is a terminal. The logits of past queries drive calcium, calcium releases vesicles,
+release empties the pool, and the terminal's state biases the logits of later ticks. The gated or linear barrier joins the
+same per-key bias.
+
+Dimensions: B batch, H query heads, T tokens, N ticks, D head size, L cache length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.kernels import (
+    PresynState,
+    num_ticks,
+    presyn,
+    presyn_bias,
+    running_sum,
+    tick_biased_attention,
+    tick_drive,
+)
+from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
+from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
+from bio_inspired_nanochat.synaptic.state import Chunk, LayerState
+
+PRESYN_FIELDS = ("calcium", "vesicles", "open_drive")
+
+
+class SynapticCausalSelfAttention(CausalSelfAttention):
+    """Vanilla attention plus one terminal per key and head. With all gains at zero it computes vanilla attention."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.cfg = config.syn_cfg
+        self.synapse = Presynaptic(config)
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None) -> Tensor:
+        """Attention output [B, H, T, D] for whole sequences, terminals starting at rest."""
+        tokens = q.shape[2]
+        beta = None
+        if self.cfg.presyn:
+            drive = self._drive(q, k, window=self.window, doc=doc)
+            beta, _ = presyn(drive, self.synapse.params(), closed=tokens // self.tick, backend=self.backend)
+        if self.cfg.barrier != "none":
+            total = running_sum(self.synapse.barrier_cost(x)) if self.cfg.barrier == "gated" else None
+            first = torch.arange(0, tokens, self.tick, device=x.device)[None]
+            barrier = self.synapse.barrier_bias(total, first, tokens)
+            beta = barrier if beta is None else beta + barrier
+        return self._biased(q, k, v, beta, doc=doc)
+
+    def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
+        """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""
+        stop = chunk.stop
+        k, v = state.k[:, :, :stop], state.v[:, :, :stop]
+        beta = self._advance(q, k, state, chunk) if self.cfg.presyn else None
+        if self.cfg.barrier != "none":
+            barrier = self._barrier_step(x, state, chunk)
+            beta = barrier if beta is None else beta + barrier
+        return self._biased(q, k, v, beta, q_start=chunk.start, doc=chunk.doc)
+
+    def _drive(self, q: Tensor, k: Tensor, **where) -> Tensor:
+        theta = self.synapse.theta_value()
+        drive = tick_drive(q, k, theta, self.tick, self.scale, kind=self.cfg.drive, backend=self.backend, **where) / self.tick
+        if not drive.is_cuda and not torch.compiler.is_compiling() and not torch.isfinite(drive).all():
+            raise FloatingPointError(f"layer {self.layer}: the presynaptic drive is not finite (NaN or infinity in q or k)")
+        return drive
+
+    def _biased(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, **where) -> Tensor:
+        beta = None if beta is None else beta.expand(q.shape[0], -1, -1, -1)  # the linear barrier is common to all rows
+        return tick_biased_attention(q, k, v, beta, self.tick, self.scale, window=self.window, backend=self.backend, **where)
+
+    def _advance(self, q: Tensor, k: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
+        """Collect the chunk's drive, advance the terminals over the ticks that end in it; bias [B, H, N, stop]."""
+        stop, params = chunk.stop, self.synapse.params()
+        lengths = None if chunk.full else torch.tensor(chunk.lengths, device=q.device)
+        drive = self._drive(q, k, q_start=chunk.start, window=self.window, doc=chunk.doc, q_len=lengths)
+        closed = chunk.closed(self.tick, q.device)
+        if chunk.size == 1 and isinstance(closed, int) and closed == 0:
+            state.open_drive[:, :, :stop] += drive[:, :, 0]
+            return state.beta[:, :, None, :stop]
+        before = PresynState(*[getattr(state, name)[:, :, :stop] for name in PRESYN_FIELDS])
+        beta, after = presyn(drive, params, before, closed=closed, backend=self.backend)
+        for name, value in zip(PRESYN_FIELDS, after, strict=True):
+            getattr(state, name)[:, :, :stop] = value
+        state.beta[:, :, :stop] = presyn_bias(after, params)
+        return beta
+
+    def _barrier_step(self, x: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
+        """Extend the running cost of the gate and return the barrier's bias [B, H, N, stop]."""
+        ticks = torch.arange(num_ticks(chunk.start, chunk.size, self.tick), device=x.device)
+        starts = torch.tensor(chunk.starts, device=x.device)
+        if isinstance(chunk.start, int):
+            starts = starts[:1]
+        first = (starts[:, None] // self.tick + ticks) * self.tick
+        if self.cfg.barrier == "linear":
+            return self.synapse.barrier_bias(None, first, chunk.stop)
+        cost = self.synapse.barrier_cost(x).to(state.barrier.dtype)
+        previous = torch.stack(
+            [state.barrier[row, :, a - 1] if a else torch.zeros_like(state.barrier[row, :, 0]) for row, a in enumerate(chunk.starts)]
+        )
+        chunk.write(state.barrier, previous[..., None] + cost.cumsum(-1))
+        return self.synapse.barrier_bias(state.barrier[:, :, : chunk.stop], first, chunk.stop)
+
+    def init_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        """An empty cache with every terminal at rest."""
+        state = super().init_state(batch, length, device, dtype)
+        shape = (batch, self.n_head, length)
+        kinetic = torch.promote_types(dtype, torch.float32)
+        if self.cfg.presyn:
+            state.calcium, state.vesicles, state.open_drive = PresynState.rest(*shape, device=device, dtype=kinetic)
+            state.beta = torch.zeros(shape, device=device, dtype=kinetic)
+        if self.cfg.barrier == "gated":
+            state.barrier = torch.zeros(shape, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        return state

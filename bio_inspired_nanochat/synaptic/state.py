@@ -1,0 +1,177 @@
+"""SynapseState: everything that belongs to running sequences and not to the model.
+
+Dimensions: B batch, H query heads, Hkv key heads, L cache length, D head size.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bio_inspired_nanochat.errors import UserError
+
+
+@dataclass
+class LayerState:
+    """State of one layer. k, v: [B, Hkv, L, D] cache; the synaptic tensors are None in a vanilla layer.
+
+    calcium, vesicles, open_drive: [B, H, L] terminals at the start of the open tick and the drive it has collected;
+    beta: [B, H, L] bias of the open tick (before the barrier); barrier: [B, H, L] float64 running sum of the gate's costs.
+    """
+
+    k: Tensor
+    v: Tensor
+    calcium: Tensor | None = None
+    vesicles: Tensor | None = None
+    open_drive: Tensor | None = None
+    beta: Tensor | None = None
+    barrier: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that exist, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass
+class Chunk:
+    """Where a chunk of new tokens sits: what every layer of one `step` shares.
+
+    starts: position of the first new token of each row; lengths: real tokens per row (the rest is right padding);
+    start: the common start, or a tensor [B] when the rows differ; stop: one past the last written position of any row;
+    doc: [B, stop] document id per position, or None.
+    """
+
+    starts: list[int]
+    lengths: list[int]
+    size: int
+    start: int | Tensor
+    stop: int
+    doc: Tensor | None = None
+
+    @classmethod
+    def of(cls, starts: list[int], lengths: list[int], size: int, device: torch.device) -> Chunk:
+        """Build from per-row starts and lengths."""
+        common = len(set(starts)) == 1
+        start = starts[0] if common else torch.tensor(starts, device=device)
+        stop = max(a + n for a, n in zip(starts, lengths, strict=True))
+        return cls(starts, lengths, size, start, stop)
+
+    @property
+    def full(self) -> bool:
+        """Whether no row is padded."""
+        return all(n == self.size for n in self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows start together and none is padded."""
+        return isinstance(self.start, int) and self.full
+
+    def write(self, cache: Tensor, values: Tensor, dim: int = 2) -> None:
+        """Store the real tokens' `values` at their positions of `cache`; both have the batch first and time at `dim`."""
+        if self.uniform:
+            cache.narrow(dim, self.starts[0], self.size).copy_(values)
+            return
+        for row, (begin, count) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            cache[row].narrow(dim - 1, begin, count).copy_(values[row].narrow(dim - 1, 0, count))
+
+    def closed(self, tick: int, device: torch.device) -> int | Tensor:
+        """How many ticks end inside this chunk, common or per row."""
+        counts = [(a + n) // tick - a // tick for a, n in zip(self.starts, self.lengths, strict=True)]
+        return counts[0] if isinstance(self.start, int) and len(set(counts)) == 1 else torch.tensor(counts, device=device)
+
+
+@dataclass
+class SynapseState:
+    """KV cache and all synapse state of B sequences. `pos` [B] counts the tokens that each has read (kept on the CPU).
+
+    doc: [B, L] document id per position, when the model keeps documents apart. A state belongs to its sequences alone:
+    nothing in it is shared with the model or with another state.
+    """
+
+    pos: Tensor
+    layers: list[LayerState]
+    max_len: int
+    doc: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.pos)
+
+    def _map(self, change) -> SynapseState:
+        layers = [LayerState(**{name: change(value) for name, value in layer.tensors().items()}) for layer in self.layers]
+        return SynapseState(change(self.pos), layers, self.max_len, None if self.doc is None else change(self.doc))
+
+    def clone(self) -> SynapseState:
+        """An independent copy."""
+        return self._map(torch.clone)
+
+    def select(self, rows: list[int] | Tensor) -> SynapseState:
+        """A copy with the given rows, in that order; a row may be taken several times."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        bad = index[(index < 0) | (index >= self.batch_size)]
+        if len(bad):
+            raise UserError(f"row {int(bad[0])} is out of bounds [0, {self.batch_size - 1}] of this state")
+        return self._map(lambda value: value.index_select(0, index.to(value.device)))
+
+    @classmethod
+    def cat(cls, states: list[SynapseState]) -> SynapseState:
+        """One state with the rows of all `states`, which must come from one model and share max_len."""
+        if not states:
+            raise UserError("cat needs at least one state")
+        first = states[0]
+        shapes = [_shapes(state) for state in states]
+        if any(shape != shapes[0] for shape in shapes):
+            raise UserError("states of different models or max_len cannot be joined")
+        layers = []
+        for group in zip(*(state.layers for state in states), strict=True):
+            layers.append(LayerState(**{name: torch.cat([layer.tensors()[name] for layer in group]) for name in group[0].tensors()}))
+        doc = None if first.doc is None else torch.cat([state.doc for state in states])
+        return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file."""
+        tensors = {"pos": self.pos} | ({} if self.doc is None else {"doc": self.doc})
+        for index, layer in enumerate(self.layers):
+            tensors |= {f"layers.{index}.{name}": value for name, value in layer.tensors().items()}
+        meta = {"format": "bio_inspired_nanochat.state", "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, str(path), metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SynapseState:
+        """Read a state written by `save`. Raises UserError for a missing, damaged or foreign file."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"state file {path} cannot be read: {error}") from None
+        if meta.get("format") != "bio_inspired_nanochat.state":
+            raise UserError(f"{path} is not a saved synapse state")
+        shape = json.loads(meta["shape"])
+        layers = []
+        for index in range(shape["layers"]):
+            prefix = f"layers.{index}."
+            layers.append(LayerState(**{n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
+        doc = tensors["doc"].to(device) if "doc" in tensors else None
+        return cls(tensors["pos"], layers, shape["max_len"], doc)
+
+
+def _shapes(state: SynapseState) -> list:
+    """What must agree for two states to be joined: everything but the batch size."""
+    layers = [{name: (value.shape[1:], value.dtype) for name, value in layer.tensors().items()} for layer in state.layers]
+    return [state.max_len, state.doc is None, *layers]
+
+
+def same_layout(a: SynapseState, b: SynapseState) -> bool:
+    """Whether two states come from models of one shape and have one max_len."""
+    return _shapes(a) == _shapes(b)
+
+
+__all__ = ["Chunk", "LayerState", "SynapseState", "same_layout"]

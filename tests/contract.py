@@ -1,0 +1,55 @@
+"""Small models and the list of variants that every contract test runs over. A new mechanism joins by being registered."""
+
+import dataclasses
+
+import torch
+
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.registry import MECHANISMS, config_with
+
+SIZES = {"sequence_len": 64, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "bos_token_id": 0}
+BACKENDS = ["reference", "sdpa"]
+MODELS = {
+    "plain": {},
+    "window": {"window_pattern": "SL"},
+    "documents": {"doc_mask": True},
+    "value_embeds": {"value_embeds": True},
+}
+SYNAPSES: dict[str, SynapticConfig | None] = {"vanilla": None, "default": SynapticConfig()}
+SYNAPSES |= {name: config_with(name) for name in MECHANISMS}
+SYNAPSES["all"] = config_with(*[name for name in MECHANISMS if name != "barrier_linear"])
+
+
+def lively(synapse: torch.nn.Module) -> None:
+    """Gains large enough that every path matters, and a gate that depends on its input."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in synapse.named_parameters():
+        if name.startswith("gain_"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 2)
+        elif name == "gate_weight":
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        elif name == "gate_bias":
+            parameter.data.fill_(2.0)
+
+
+def make_model(synapses: str, tick: int = 4, seed: int = 0, live: bool = True, **overrides) -> GPT:
+    """A tiny model in evaluation mode whose zero-initialised matrices are filled, so that every layer matters."""
+    cfg = SYNAPSES[synapses]
+    if cfg is not None:
+        cfg = dataclasses.replace(cfg, tick=tick, theta=-1.0, alpha_ca=0.5, release_rate=0.2, tau_c=12.0, tau_rrp=24.0)
+        overrides = {"synapses": True, "syn_cfg": cfg, **overrides}
+    model = GPT(GPTConfig(**{**SIZES, **overrides}), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".o.weight", "w_out.weight", "head.weight", "value_embeds.1.gate")):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    for block in model.blocks:
+        if live and hasattr(block.attn, "synapse"):
+            lively(block.attn.synapse)
+    return model.eval()
+
+
+def make_ids(batch: int = 2, length: int = 40, seed: int = 0) -> torch.Tensor:
+    """Random token ids with some BOS tokens (id 0) among them."""
+    return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
