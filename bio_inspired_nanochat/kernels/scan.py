@@ -5,8 +5,18 @@ Dimensions: B batch, H query heads, N ticks, Tk keys, T tokens.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _on_triton(x: Tensor) -> bool:
+    """Whether the Triton execution takes this tensor: CUDA, or anything under Triton's interpreter (float32 only)."""
+    return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @torch.library.custom_op("bio_inspired_nanochat::linear_scan", mutates_args=())
@@ -15,6 +25,10 @@ def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
     a: [B, H, N, Tk] or [B, H, N, 1]; b: [B, H, N, Tk]; start: x[0] [B, H, Tk]. Returns x[0..N], [B, H, N+1, Tk].
     """
+    if _on_triton(b):
+        from bio_inspired_nanochat.kernels import scan_triton  # imported late: a machine without Triton never gets here
+
+        return scan_triton.scan(a, b, start)
     batch, heads, ticks, keys = b.shape
     x = b.new_empty(batch, heads, ticks + 1, keys)
     x[:, :, 0] = start
@@ -32,6 +46,10 @@ def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 @torch.library.custom_op("bio_inspired_nanochat::linear_scan_adjoint", mutates_args=())
 def linear_scan_adjoint(a: Tensor, grad: Tensor) -> Tensor:
     """Adjoint of the scan's states, [B, H, N+1, Tk]: g[n] = grad[n] + a[n] g[n+1]."""
+    if _on_triton(grad):
+        from bio_inspired_nanochat.kernels import scan_triton
+
+        return scan_triton.adjoint(a, grad)
     adjoint = grad.clone(memory_format=torch.contiguous_format)
     for n in range(a.shape[2] - 1, -1, -1):
         adjoint[:, :, n].addcmul_(a[:, :, n], adjoint[:, :, n + 1])
@@ -40,7 +58,7 @@ def linear_scan_adjoint(a: Tensor, grad: Tensor) -> Tensor:
 
 @linear_scan_adjoint.register_fake
 def _(a: Tensor, grad: Tensor) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return grad.new_empty(grad.shape)
 
 
 def _linear_scan_setup(ctx, inputs, output) -> None:
@@ -60,23 +78,23 @@ linear_scan.register_autograd(_linear_scan_backward, setup_context=_linear_scan_
 @torch.library.custom_op("bio_inspired_nanochat::running_sum", mutates_args=())
 def running_sum(x: Tensor) -> Tensor:
     """Inclusive sum over the last dimension in float64, so that differences of distant sums stay exact (float32 on MPS)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64).cumsum(-1)
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64).contiguous().cumsum(-1)
 
 
 @running_sum.register_fake
 def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.new_empty(x.shape, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::running_sum_adjoint", mutates_args=())
 def running_sum_adjoint(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum from the end over the last dimension: the adjoint of `running_sum`, in the dtype of its input."""
-    return grad.flip(-1).cumsum(-1).flip(-1).to(dtype)
+    return grad.contiguous().flip(-1).cumsum(-1).flip(-1).to(dtype)
 
 
 @running_sum_adjoint.register_fake
 def _(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(grad, dtype=dtype)
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def _running_sum_setup(ctx, inputs, output) -> None:

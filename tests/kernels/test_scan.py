@@ -1,0 +1,74 @@
+"""The sequential sums: custom operators that torch.compile may rely on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bio_inspired_nanochat.kernels.scan import linear_scan, running_sum
+
+
+def scan_inputs(shape_a):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (shape_a, (2, 3, 5, 4), (2, 3, 4))
+    return [torch.rand(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def test_the_operators_keep_their_promises_to_the_compiler():
+    torch.library.opcheck(linear_scan, scan_inputs((2, 3, 5, 1)))
+    torch.library.opcheck(linear_scan, scan_inputs((2, 3, 5, 4)))
+    strided = torch.rand(2, 4, 3, requires_grad=True).transpose(1, 2)
+    torch.library.opcheck(running_sum, (strided,))
+
+
+def test_gradients_of_the_scan_match_finite_differences():
+    assert torch.autograd.gradcheck(linear_scan, scan_inputs((2, 3, 5, 4)))
+
+
+def test_running_sum_keeps_differences_of_distant_sums():
+    x = torch.full((1, 1, 200_000), 0.1)
+    total = running_sum(x)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total[..., -1] - total[..., -2], x[..., -1].double(), rtol=0, atol=1e-9)
+
+
+def test_a_synaptic_model_compiles_without_a_graph_break():
+    from tests.contract import make_ids, make_model
+
+    model = make_model("default", n_layer=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    ids = make_ids()
+    torch.testing.assert_close(compiled(ids, ids.roll(-1, 1)), model(ids, ids.roll(-1, 1)))
+
+
+def check_triton_scan(device):
+    """The Triton execution against a plain loop, for a decay per key and a common one, at odd sizes."""
+    from bio_inspired_nanochat.kernels import scan_triton
+
+    for ticks, keys, a_keys in [(1, 1, 1), (5, 130, 130), (7, 33, 1), (3, 128, 128)]:
+        a, b = torch.rand(2, 3, ticks, a_keys, device=device), torch.randn(2, 3, ticks, keys, device=device)
+        start, grad = torch.randn(2, 3, keys, device=device), torch.randn(2, 3, ticks + 1, keys, device=device)
+        states = [start]
+        for n in range(ticks):
+            states.append(a[:, :, n] * states[-1] + b[:, :, n])
+        torch.testing.assert_close(scan_triton.scan(a, b, start), torch.stack(states, 2))
+        adjoints = [grad[:, :, ticks]]
+        for n in reversed(range(ticks)):
+            adjoints.append(grad[:, :, n] + a[:, :, n] * adjoints[-1])
+        torch.testing.assert_close(scan_triton.adjoint(a, grad), torch.stack(adjoints[::-1], 2))
+
+
+@pytest.mark.gpu
+def test_triton_scan_on_the_gpu():
+    check_triton_scan("cuda")
+
+
+def test_triton_scan_in_the_interpreter():
+    pytest.importorskip("triton")
+    code = "from tests.kernels.test_scan import check_triton_scan; check_triton_scan('cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
