@@ -25,6 +25,7 @@ from bio_inspired_nanochat.synaptic import (
     MLP,
     CausalSelfAttention,
     Chunk,
+    LayerState,
     Linear,
     Presynaptic,
     SynapseState,
@@ -46,26 +47,6 @@ class RunOutput(NamedTuple):
     loss: Tensor | None
 
 
-class Block(nn.Module):
-    """Attention and MLP on the normalised residual stream."""
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        super().__init__()
-        synaptic = config.synapses and config.syn_cfg.active
-        self.attn = (SynapticCausalSelfAttention if synaptic else CausalSelfAttention)(config, layer)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, doc: Tensor | None) -> Tensor:
-        """Whole sequences, x [B, T, n_embd]."""
-        x = x + self.attn(rms_norm(x), cos_sin, value_embed, doc)
-        return x + self.mlp(rms_norm(x))
-
-    def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state, chunk: Chunk) -> Tensor:
-        """The next chunk of running sequences, x [B, t, n_embd]."""
-        x = x + self.attn.step(rms_norm(x), cos_sin, value_embed, state, chunk)
-        return x + self.mlp(rms_norm(x))
-
-
 class ValueEmbedding(nn.Module):
     """A second token embedding added to one layer's values, gated per key head by the first channels of the input."""
 
@@ -81,6 +62,39 @@ class ValueEmbedding(nn.Module):
         return (value.unflatten(-1, (len(self.gate), -1)) * gate[..., None]).flatten(-2)
 
 
+class Block(nn.Module):
+    """One layer: mix the residual stream with the embedding x0, then attention and MLP on the normalised stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        synaptic = config.synapses and config.syn_cfg.active
+        self.attn = (SynapticCausalSelfAttention if synaptic else CausalSelfAttention)(config, layer)
+        self.mlp = MLP(config)
+        alternate = (config.n_layer - 1 - layer) % 2 == 0
+        self.value_embed = ValueEmbedding(config) if config.value_embeds and alternate else None
+
+    def _enter(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The mixed stream, its normalised form and the addition to the values, if this layer has one."""
+        mix = scales.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        normed = rms_norm(x)
+        return x, normed, None if self.value_embed is None else self.value_embed(idx, normed)
+
+    def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], doc: Tensor | None) -> Tensor:
+        """Whole sequences: x and x0 [B, T, n_embd], scales [2] of the two, idx [B, T]."""
+        x, normed, value_embed = self._enter(x, x0, scales, idx)
+        x = x + self.attn(normed, cos_sin, value_embed, doc)
+        return x + self.mlp(rms_norm(x))
+
+    def step(
+        self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], state: LayerState, chunk: Chunk
+    ) -> Tensor:
+        """The next chunk of running sequences, x [B, t, n_embd]."""
+        x, normed, value_embed = self._enter(x, x0, scales, idx)
+        x = x + self.attn.step(normed, cos_sin, value_embed, state, chunk)
+        return x + self.mlp(rms_norm(x))
+
+
 class GPT(nn.Module):
     """The language model. Ready to use after construction; on the meta device call `init_weights` after `to_empty`."""
 
@@ -90,8 +104,6 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        layers = [layer for layer in range(config.n_layer) if (config.n_layer - 1 - layer) % 2 == 0]
-        self.value_embeds = nn.ModuleDict({str(i): ValueEmbedding(config) for i in layers} if config.value_embeds else {})
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
         self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
         self.head = Linear(config.n_embd, config.vocab_size)
@@ -131,6 +143,19 @@ class GPT(nn.Module):
         self.compute_dtype = dtype
         return self
 
+    def compile_regions(self, backend: str = "inductor") -> GPT:
+        """Compile every block and the loss in place, for training and evaluation at fixed shapes.
+
+        Blocks share their graphs, so the time to compile does not grow with depth. Decoding by `step` is left as it is.
+        """
+        import torch._dynamo.config as dynamo  # imported late: it loads the whole compiler
+
+        dynamo.recompile_limit = max(32, dynamo.recompile_limit)  # value embeddings x windows x grad modes
+        for block in self.blocks:
+            block.compile(dynamic=False, backend=backend)
+        self._loss = torch.compile(self._loss, dynamic=False, backend=backend)
+        return self
+
     def _documents(self, idx: Tensor) -> Tensor | None:
         """Document id per position [B, T] (the number of BOS tokens read so far), when documents are kept apart."""
         return (idx == self.config.bos_token_id).cumsum(1) if self.config.doc_mask else None
@@ -139,27 +164,33 @@ class GPT(nn.Module):
         dtype = self.compute_dtype if self.embed.weight.dtype == torch.float32 else self.embed.weight.dtype
         return rms_norm(self.embed(idx).to(dtype))
 
-    def _enter(self, layer: int, x: Tensor, x0: Tensor, idx: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scaled input of a block and its value embedding, if it has one."""
-        x = self.resid_scale[layer].to(x.dtype) * x + self.x0_scale[layer].to(x.dtype) * x0
-        table = dict(self.value_embeds.items()).get(str(layer))
-        return x, None if table is None else table(idx, rms_norm(x))
+    def _scales(self) -> list[Tensor]:
+        """Per layer the factors [2] of the residual stream and of x0."""
+        return list(torch.stack([self.resid_scale, self.x0_scale], dim=1))
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.head(rms_norm(x)).to(torch.promote_types(x.dtype, torch.float32))
         return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
+    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
     def logits(self, idx: Tensor) -> Tensor:
-        """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input or one longer than a state allows."""
+        """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input."""
+        return self._logits(self._trunk(idx))
+
+    def _trunk(self, idx: Tensor) -> Tensor:
+        """The residual stream after the last block, [B, T, n_embd]."""
         self._check_ids(idx)
         positions = torch.arange(idx.shape[1], device=idx.device)[None]
-        x = x0 = self._embed(idx)
+        x0 = self._embed(idx)
+        x = x0.clone()  # were it x0 itself, the compiler would give the first layer a graph of its own
         cos_sin = rotary(positions, self.config.head_dim, x.dtype)
         doc = self._documents(idx)
-        for layer, block in enumerate(self.blocks):
-            x, value_embed = self._enter(layer, x, x0, idx)
-            x = block(x, cos_sin, value_embed, doc)
-        return self._logits(x)
+        for block, scales in zip(self.blocks, self._scales(), strict=True):
+            x = block(x, x0, scales, idx, cos_sin, doc)
+        return x
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] float32, or with targets [B, T] (-1 ignored) the mean cross-entropy in nats."""
@@ -168,10 +199,10 @@ class GPT(nn.Module):
 
     def run(self, idx: Tensor, targets: Tensor | None = None) -> RunOutput:
         """One pass over whole sequences; never changes the model."""
-        logits = self.logits(idx)
         if targets is None:
-            return RunOutput(logits, None)
-        return RunOutput(logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1))
+            return RunOutput(self.logits(idx), None)
+        logits, loss = self._loss(self._trunk(idx), targets)
+        return RunOutput(logits, loss)
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats [B, T] float32; 0 where the target is -1."""
@@ -204,9 +235,8 @@ class GPT(nn.Module):
         positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(idx.shape[1], device=idx.device)
         x = x0 = self._embed(idx)
         cos_sin = rotary(positions, self.config.head_dim, x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x, value_embed = self._enter(layer, x, x0, idx)
-            x = block.step(x, cos_sin, value_embed, state.layers[layer], chunk)
+        for block, scales, layer_state in zip(self.blocks, self._scales(), state.layers, strict=True):
+            x = block.step(x, x0, scales, idx, cos_sin, layer_state, chunk)
         state.pos += torch.tensor(counts)
         return self._logits(x)
 
@@ -239,7 +269,7 @@ class GPT(nn.Module):
             leaf = name.rsplit(".", 1)[-1]
             if ".synapse." in name:
                 roles[name] = "gate" if leaf.startswith("gate_") else "kinetics"
-            elif name.startswith("value_embeds."):
+            elif ".value_embed." in name:
                 roles[name] = "value_embed" if leaf == "weight" else "gate"
             elif name.startswith(("embed.", "head.")):
                 roles[name] = name.split(".")[0]

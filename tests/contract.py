@@ -42,7 +42,7 @@ def make_model(synapses: str, tick: int = 4, seed: int = 0, live: bool = True, *
     model = GPT(GPTConfig(**{**SIZES, **overrides}), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
-        if name.endswith((".o.weight", "w_out.weight", "head.weight", "value_embeds.1.gate")):
+        if name.endswith((".o.weight", "w_out.weight", "head.weight", "value_embed.gate")):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     for block in model.blocks:
         if live and hasattr(block.attn, "synapse"):

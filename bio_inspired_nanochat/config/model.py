@@ -23,7 +23,7 @@ class GPTConfig:
     window_pattern: str = knob(
         "L", "attention window per layer, repeated: L sees everything, S a quarter of sequence_len; the last layer is always L"
     )
-    value_embeds: bool = knob(False, "gated value embeddings on alternate layers", off=False)
+    value_embeds: bool = knob(True, "gated value embeddings on alternate layers", off=False)
     doc_mask: bool = knob(False, "a BOS token starts a document: attention and synapses do not look across it", off=False)
     bos_token_id: int = knob(0, "id of the token that starts a document, used with doc_mask", lo=0, hi=1 << 20)
     backend: str = knob("auto", "execution of the attention operators: auto picks by device", choices=("auto", "reference", "sdpa"))

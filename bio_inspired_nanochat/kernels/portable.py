@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from bio_inspired_nanochat.kernels.masks import QStart, allowed, local_ticks, num_ticks, query_positions
 from bio_inspired_nanochat.kernels.reference import bias_of, calcium_step, expand_heads, phi, pool_step, release_logit
@@ -207,6 +206,8 @@ def _attend(
         if length == 1:
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
         if q.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # imported late: it loads the whole compiler
+
             return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(length, keys), scale=scale)
     positions = query_positions(q_start, length, q.device)
     mask = allowed(positions, torch.arange(span.start, span.stop, device=q.device), window=window, doc=doc)

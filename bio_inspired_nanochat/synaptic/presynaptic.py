@@ -92,7 +92,7 @@ class Presynaptic(nn.Module):
         """Cost -log f of the forgetting gate f = sigmoid(w_h . x + b) at each token: x [B, T, n_embd] to [B, H, T] float."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         gate = F.linear(x, self.gate_weight.to(x.dtype)).to(dtype) + self.gate_bias.to(dtype)
-        return F.softplus(-gate).transpose(1, 2)
+        return F.softplus(-gate.transpose(1, 2).contiguous())
 
     def barrier_bias(self, total: Tensor | None, first: Tensor, keys: int) -> Tensor:
         """The barrier as a per-key bias [B or 1, H, N, Tk], up to a constant per query row that softmax cancels.

@@ -34,13 +34,21 @@ def test_running_sum_keeps_differences_of_distant_sums():
     torch.testing.assert_close(total[..., -1] - total[..., -2], x[..., -1].double(), rtol=0, atol=1e-9)
 
 
-def test_a_synaptic_model_compiles_without_a_graph_break():
+def test_a_synaptic_model_compiles_without_a_graph_break_and_once_for_all_layers():
+    from torch._dynamo.utils import counters
+
     from tests.contract import make_ids, make_model
 
-    model = make_model("default", n_layer=1)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    ids = make_ids()
-    torch.testing.assert_close(compiled(ids, ids.roll(-1, 1)), model(ids, ids.roll(-1, 1)))
+    torch._dynamo.reset()
+    counters.clear()
+    model, ids = make_model("default", n_layer=4), make_ids()
+    want = torch.autograd.grad(model(ids, ids.roll(-1, 1)), list(model.parameters()))
+    model.compile_regions("aot_eager")
+    got = torch.autograd.grad(model(ids, ids.roll(-1, 1)), list(model.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2  # one block, one loss
 
 
 def check_triton_scan(device):

@@ -1,0 +1,6 @@
+"""Measurements of a trained model: bits per byte, benchmarks, memory tasks, calibration."""
+
+from bio_inspired_nanochat.evaluation.base import BaseEvalConfig, evaluate_base
+from bio_inspired_nanochat.evaluation.bpb import Bpb, bits_per_byte
+
+__all__ = ["BaseEvalConfig", "Bpb", "bits_per_byte", "evaluate_base"]

@@ -1,0 +1,7 @@
+"""Pre-training: configuration, plan, loop, callbacks and the guards around it."""
+
+from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
+from bio_inspired_nanochat.training.config import TrainConfig
+from bio_inspired_nanochat.training.run import dry_run, print_config, train
+
+__all__ = ["Callback", "EvalRecord", "Run", "StepRecord", "TrainConfig", "dry_run", "print_config", "train"]

@@ -1,0 +1,201 @@
+"""Callbacks: what happens around the training loop, without the loop knowing it.
+
+The loop calls them in order on rank 0; `after_update` alone runs on every rank, because it may change the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import nn
+
+from bio_inspired_nanochat.common import progress, say, write_atomic
+from bio_inspired_nanochat.common.console import Progress, duration, on_terminal
+from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is fixed for the whole run. start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs."""
+
+    config: TrainConfig
+    model: nn.Module
+    start_step: int
+    total_steps: int
+    log_dir: Path | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The training state after `step` optimizer steps; rates and shares are over the steps since the last record.
+
+    loss: mean nats per token; lr: multiplier of every group's learning rate; mfu: share of the device's peak, None when unknown;
+    wait: share of the time spent waiting for data; seconds_left: None while unknown.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tok_per_s: float
+    mfu: float | None
+    mem_gib: float
+    wait: float
+    epoch: int
+    tokens: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation after `step` steps: bits per byte and nats per token on the validation shard."""
+
+    step: int
+    val_bpb: float
+    val_loss: float
+    tokens: int
+
+
+class Callback:
+    """Does nothing; subclasses override what they need."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step."""
+
+    def after_update(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        """After every optimizer step, on every rank; `step` counts from 1."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Every `log_every` steps."""
+
+    def on_eval(self, record: EvalRecord) -> None:
+        """After every evaluation."""
+
+    def on_sample(self, step: int, texts: list[str]) -> None:
+        """After sampling: each text with its prompt."""
+
+    def on_save(self, step: int, path: Path) -> None:
+        """After a checkpoint is complete."""
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        """After the run ended in order; `result` is the script's last line."""
+
+    def close(self) -> None:
+        """Always called, also after an error: release files."""
+
+
+class Console(Callback):
+    """Lines on stdout, one per event, in a form that stays the same for grep; on a terminal with a progress bar below them."""
+
+    _bar: Progress | None = None
+
+    def on_start(self, run: Run) -> None:
+        self._width = len(str(run.total_steps)) if run.total_steps > 99_999 else 5
+        self._total = run.total_steps
+        self._display = contextlib.ExitStack()
+        if on_terminal():
+            self._bar = self._display.enter_context(progress(run.total_steps, "train", "steps", start=run.start_step))
+
+    def after_update(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        if self._bar is not None:
+            self._bar.advance(1)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._display.close()
+            self._bar = None
+
+    def on_step(self, record: StepRecord) -> None:
+        say(step_line(record, self._total, self._width))
+
+    def on_eval(self, record: EvalRecord) -> None:
+        say(
+            f"eval {record.step:0{self._width}d} | val_bpb {record.val_bpb:.4f} | val_loss {record.val_loss:.4f} | {record.tokens:,} tokens"
+        )
+
+    def on_sample(self, step: int, texts: list[str]) -> None:
+        for text in texts:
+            say(f"sample {step:0{self._width}d} | {text!r}")
+
+    def on_save(self, step: int, path: Path) -> None:
+        say(f"saved {step:0{self._width}d} | {path}")
+
+
+def step_line(record: StepRecord, total: int, width: int = 5) -> str:
+    """`step 00010/00200 | loss 4.1234 | lr 1.00 | 12,345 tok/s | MFU 12.3% | mem 1.2 GiB | wait 0.1% | 3m12s left`."""
+    parts = [
+        f"step {record.step:0{width}d}/{total:0{width}d}",
+        f"loss {record.loss:.4f}",
+        f"lr {record.lr:.2f}",
+        f"{record.tok_per_s:,.0f} tok/s",
+        "MFU n/a" if record.mfu is None else f"MFU {100 * record.mfu:.1f}%",
+        f"mem {record.mem_gib:.1f} GiB",
+        f"wait {100 * record.wait:.1f}%",
+        "? left" if record.seconds_left is None else f"{duration(record.seconds_left)} left",
+    ]
+    return " | ".join(parts)
+
+
+class JsonLog(Callback):
+    """`metrics.jsonl` in the run's log folder, one object per event, beside `config.json`.
+
+    A resumed run drops the lines after the step that it resumes from, so that no step appears twice.
+    """
+
+    _file: TextIO | None = None
+
+    def on_start(self, run: Run) -> None:
+        if run.log_dir is None:
+            return
+        path = run.log_dir / "metrics.jsonl"
+        write_atomic(run.log_dir / "config.json", json.dumps(to_dict(run.config), indent=1) + "\n")
+        write_atomic(path, "".join(_lines_up_to(path, run.start_step)))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def _write(self, kind: str, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+        self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
+        self._file.flush()
+
+    def on_step(self, record: StepRecord) -> None:
+        self._write("step", dataclasses.asdict(record))
+
+    def on_eval(self, record: EvalRecord) -> None:
+        self._write("eval", dataclasses.asdict(record))
+
+    def on_sample(self, step: int, texts: list[str]) -> None:
+        self._write("sample", {"step": step, "texts": texts})
+
+    def on_save(self, step: int, path: Path) -> None:
+        self._write("save", {"step": step, "path": str(path)})
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        self._write("end", {"step": result["steps"], **result})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The complete lines of events up to `step`. An `end` line is dropped: the run goes on; so is a half-written last line."""
+    kept = []
+    if path.exists() and step > 0:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if line.endswith("\n") and event.get("step", 0) <= step and event.get("kind") != "end":
+                kept.append(line)
+    return kept

@@ -1,0 +1,116 @@
+"""What the device can do: peak operations for the MFU, memory in use and how much a run will need."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from bio_inspired_nanochat.config import GPTConfig
+
+GIB = 1 << 30
+
+# Dense bfloat16 matrix products with float32 accumulation, in 1e12 operations per second, from the vendors' data sheets.
+# The first name that occurs in the device's name counts, so longer names stand before shorter ones.
+PEAK_TFLOPS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("B100", 1750.0),
+    ("GH200", 989.4),
+    ("H200", 989.4),
+    ("H100 NVL", 835.5),
+    ("H100 PCIe", 756.5),
+    ("H100", 989.4),
+    ("H800", 989.4),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A30", 165.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX 6000 Ada", 364.2),
+    ("RTX A6000", 154.8),
+    ("RTX 5090", 209.5),
+    ("RTX 5080", 112.6),
+    ("RTX 4090", 165.2),
+    ("RTX 4080", 97.5),
+    ("RTX 3090", 71.0),
+    ("RTX 3080", 59.5),
+)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak operations per second of one device in `dtype`, or None where it is not known (then there is no MFU)."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return peak_by_name(torch.cuda.get_device_name(device))
+
+
+def peak_by_name(name: str) -> float | None:
+    """Peak bfloat16 operations per second of a GPU by its marketing name, or None for one that is not in the table."""
+    words = name.replace("-", " ").upper()
+    for known, tflops in PEAK_TFLOPS:
+        if known.upper() in words:
+            return tflops * 1e12
+    return None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of the peak, where the device has one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory in use so far, in GiB: allocated tensors on CUDA and MPS, the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a CUDA device; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device that this process could use: what is free and what it holds; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+
+
+def static_bytes(params: int) -> int:
+    """Parameters, gradients and optimizer state, all float32: at most two moments per parameter."""
+    return params * 16
+
+
+def bytes_per_row(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Rough need of one row of a batch in training, without recomputation: what the backward keeps.
+
+    Per token and layer about 18 vectors of the width; per token the logits and their gradient in float32; a synaptic layer
+    also its drive, bias and state per (head, tick, key). An estimate to choose a first batch size by, good to about a third.
+    """
+    tokens, size = config.sequence_len, torch.finfo(dtype).bits // 8
+    layers = config.n_layer * tokens * 18 * config.n_embd * size
+    head = tokens * config.vocab_size * (3 * 4 + size)
+    synaptic = 0
+    if config.synapses and config.syn_cfg.active:
+        synaptic = config.n_layer * config.n_head * (tokens * tokens // config.syn_cfg.tick + tokens) * 8 * 4
+    return layers + head + synaptic
+
+
+def fitting_rows(config: GPTConfig, dtype: torch.dtype, params: int, memory: int, most: int = 64) -> int:
+    """The largest power of two of rows, up to `most`, that is estimated to fit in 80 % of `memory` bytes; at least 1."""
+    room = int(0.8 * memory) - static_bytes(params)
+    rows = max(1, min(most, room // bytes_per_row(config, dtype)))
+    return 1 << (rows.bit_length() - 1)

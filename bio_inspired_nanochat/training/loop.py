@@ -1,0 +1,362 @@
+"""The training loop: accumulate, step, and between steps log, save, evaluate and sample, in this order.
+
+Nothing in a step waits for the device. Losses stay on it until the next log line, checkpoint or evaluation; on a CPU, where
+reading is free, they are read after every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bio_inspired_nanochat.common import Rank
+from bio_inspired_nanochat.engine import generate_batch
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.evaluation.bpb import bits_per_byte, evaluating
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.optim import Optimizer
+from bio_inspired_nanochat.tokenizer import Tokenizer
+from bio_inspired_nanochat.training import guards
+from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
+from bio_inspired_nanochat.training.clock import Clock, wait_for_device
+from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, peak_memory_gib, total_memory
+from bio_inspired_nanochat.training.loopstate import Progress
+from bio_inspired_nanochat.training.plan import Plan
+from bio_inspired_nanochat.training.ranks import on_rank0
+
+SAMPLE_PROMPTS = ("The", "Once upon a time", "A: Hello, how are you?\nB:")
+SAMPLE_TOKENS = 32
+MAX_UNREAD = 100  # steps whose losses may stay on the device when nothing is logged
+
+
+class Loader(Protocol):
+    """What the loop needs of a data loader; `PackedLoader` has it."""
+
+    wait_seconds: float
+
+    @property
+    def epoch(self) -> int: ...
+
+    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class Objective(nn.Module):
+    """The model as a function from a batch to its loss, the form that DistributedDataParallel wraps."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """idx and targets [B,T] to the mean loss in nats."""
+        return self.model.run(idx, targets).loss
+
+
+@dataclass
+class Job:
+    """Everything that one run works with. `save` writes a checkpoint of the progress and returns its path on rank 0; it is collective."""
+
+    plan: Plan
+    device: torch.device
+    rank: Rank
+    model: GPT
+    optimizer: Optimizer
+    loader: Loader
+    val_loader: Callable[[], Loader]
+    tokenizer: Tokenizer
+    progress: Progress
+    save: Callable[[Job], Path | None]
+    log_dir: Path | None = None
+    resumed_from: Path | None = None
+
+
+class Trainer:
+    """Runs one Job to its end. `run` is called once."""
+
+    def __init__(self, job: Job, callbacks: Sequence[Callback] = ()) -> None:
+        self.job, self.callbacks = job, list(callbacks)
+        self.config, self.plan, self.progress = job.plan.config, job.plan, job.progress
+        self.start_step = job.progress.step
+        self.clock = Clock(self.plan.steps - self.start_step)
+        self.checkpoint = job.resumed_from
+        self.saved_step = self.start_step if job.resumed_from else -1
+        self.first_loss: float | None = None
+        self._unread: list[Tensor] = []
+        self._grad_norm = 0.0
+        self._waited = job.loader.wait_seconds
+        self._before = job.progress.seconds
+        self._began = time.perf_counter()
+        self._peak = peak_flops(job.device, self.plan.dtype)
+        self._forward = self._wrapped()
+
+    def _wrapped(self) -> nn.Module:
+        objective: nn.Module = Objective(self.job.model)
+        if self.config.compile == "1":
+            self.job.model.compile_regions()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            devices = [self.job.device] if self.job.device.type == "cuda" else None
+            objective = DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return objective
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to the first reason to stop. Returns the script's last line; see `result`."""
+        self._began = time.perf_counter()
+        run = Run(self.config, self.job.model, self.start_step, self.plan.steps, self.job.log_dir)
+        try:
+            self._tell("on_start", run)
+            with guards.StopSignals() as signals, guards.frozen_garbage() as garbage, self._memory_guard():
+                stopped = self._steps(signals, garbage)
+                if self.config.save_every >= 0 and self.progress.step > self.start_step:
+                    self._save()
+                if stopped in ("", "max_minutes"):
+                    self._evaluate()
+                    self._sample(last=True)
+            result = self.result(stopped)
+            self._tell("on_end", result)
+            return result
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+
+    # --- steps -----------------------------------------------------------------------------------------------------------------
+
+    def _steps(self, signals: guards.StopSignals, garbage: guards.FrozenGarbage) -> str:
+        """Step until the end; returns why it ended early, or an empty string."""
+        self.job.model.train()
+        while self.progress.step < self.plan.steps:
+            stopped, elapsed = self._reason_to_stop(signals)
+            if stopped:
+                return stopped
+            self.clock.start()
+            multiplier = self.job.optimizer.schedule(self._schedule_step(elapsed), self.plan.steps)
+            self._update()
+            self.progress.step += 1
+            self.progress.tokens += self.plan.tokens_per_step
+            self.clock.steps += 1
+            step, last = self.progress.step, self.progress.step == self.plan.steps
+            for callback in self.callbacks:
+                callback.after_update(step, self.job.model, self.job.optimizer)
+            log = self.config.log_every > 0 and (self._due(self.config.log_every) or last or step == self.start_step + 1)
+            save = self.config.save_every > 0 and self._due(self.config.save_every)
+            evaluate = self.config.eval_every > 0 and self._due(self.config.eval_every) and not last
+            sample = self.config.sample_every > 0 and self._due(self.config.sample_every) and not last
+            if self.clock.steps == self.clock.warm:
+                self._read_losses()
+                garbage.freeze()
+            elif log or save or evaluate or sample or last or self.job.device.type == "cpu" or len(self._unread) >= MAX_UNREAD:
+                self._read_losses()
+            if log:
+                self._log(multiplier)
+            if save:
+                self._save()
+            if evaluate:
+                self._evaluate()
+            if sample:
+                self._sample()
+        return ""
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0
+
+    def _update(self) -> None:
+        """One optimizer step. The gradient is the mean over micro-batches and ranks; the loss stays on the device."""
+        total: Tensor | None = None
+        for micro in range(self.plan.accumulation):
+            idx, targets = self._to_device(*self.job.loader.next_batch())
+            unsynced = isinstance(self._forward, DistributedDataParallel) and micro < self.plan.accumulation - 1
+            with self._forward.no_sync() if unsynced else contextlib.nullcontext():
+                loss = self._call(idx, targets) / self.plan.accumulation
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        norm = self.job.optimizer.clip_grad_norm()
+        self.job.optimizer.step()
+        self.job.optimizer.zero_grad()
+        self._unread.append(torch.stack([total.float(), norm.float()]))
+
+    def _call(self, idx: Tensor, targets: Tensor) -> Tensor:
+        try:
+            return self._forward(idx, targets)
+        except FloatingPointError as error:
+            raise guards.not_finite(self.progress.step + 1, f"drive of the synapses ({error}) is", self._last_saved()) from error
+        except RuntimeError as error:
+            if self.config.compile == "1" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = next(iter(str(error).splitlines()), "")[:200]
+                raise UserError(f"torch.compile failed ({type(error).__name__}: {reason}): use --compile=0") from error
+            raise
+
+    def _to_device(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.job.device.type == "cuda":
+            idx, targets = idx.pin_memory(), targets.pin_memory()
+        return idx.to(self.job.device, non_blocking=True), targets.to(self.job.device, non_blocking=True)
+
+    def _reason_to_stop(self, signals: guards.StopSignals) -> tuple[str, float]:
+        """(why to stop before the next step, agreed seconds in the loop); the same on every rank."""
+        if self.config.stop_after and self.start_step < self.plan.steps and self.progress.step >= self.config.stop_after:
+            return "stop_after", self._elapsed()
+        seconds = self._elapsed()
+        up = bool(self.config.max_minutes) and seconds >= 60 * self.config.max_minutes
+        code, seconds = guards.agree([guards.INTERRUPTED if signals.received else guards.TIME_IS_UP if up else guards.GO_ON, seconds])
+        reasons = {guards.GO_ON: "", guards.TIME_IS_UP: "max_minutes", guards.INTERRUPTED: signals.received or "signal"}
+        return reasons[int(code)], seconds
+
+    def _elapsed(self) -> float:
+        """Seconds in the loop, those of the processes before this one included."""
+        return self._before + time.perf_counter() - self._began
+
+    def _schedule_step(self, seconds: float) -> int:
+        """The step that the learning rate is at: further on than the real one where time runs out sooner than steps."""
+        if not self.config.max_minutes:
+            return self.progress.step
+        by_time = int(self.plan.steps * seconds / (60 * self.config.max_minutes))
+        return max(self.progress.step, min(self.plan.steps - 1, by_time))
+
+    # --- between steps -----------------------------------------------------------------------------------------------------------
+
+    def _read_losses(self) -> None:
+        """Stop the clock and take the losses of the last steps from the device. Raises UserError on all ranks when one is not finite."""
+        if not self._unread:
+            return
+        rows = torch.stack(self._unread)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(rows)
+            rows /= dist.get_world_size()
+        values = rows.tolist()
+        self._unread = []
+        wait_for_device(self.job.device)
+        self.clock.stop()
+        bad = guards.first_not_finite(values)
+        if bad is not None:
+            what = "loss is" if guards.first_not_finite([values[bad][:1]]) is not None else "gradient is"
+            raise guards.not_finite(self.progress.step - len(values) + bad + 1, what, self._last_saved())
+        self.progress.add_losses([loss for loss, _ in values])
+        if self.first_loss is None:
+            self.first_loss = values[0][0]
+        self._grad_norm = values[-1][1]
+
+    def _log(self, multiplier: float) -> None:
+        """Tell the callbacks where training stands, with rates since the last record."""
+        clock, steps = self.clock, max(1, self.clock.lap_steps)
+        rate = steps * self.plan.tokens_per_step / max(clock.lap_seconds, 1e-9)
+        waited = self.job.loader.wait_seconds
+        recent = self.progress.recent[-steps:]
+        record = StepRecord(
+            step=self.progress.step,
+            loss=sum(recent) / len(recent),
+            lr=multiplier,
+            grad_norm=self._grad_norm,
+            tok_per_s=rate,
+            mfu=None if self._peak is None else rate * self.plan.flops_per_token / (self._peak * self.plan.world),
+            mem_gib=peak_memory_gib(self.job.device),
+            wait=min(1.0, (waited - self._waited) / max(clock.lap_seconds, 1e-9)),
+            epoch=self.job.loader.epoch,
+            tokens=self.progress.tokens,
+            seconds_left=self._seconds_left(),
+        )
+        self._waited = waited
+        clock.new_lap()
+        self._tell("on_step", record)
+
+    def _seconds_left(self) -> float | None:
+        pace = self.clock.seconds_per_step()
+        if pace is None:
+            return None
+        left = pace * (self.plan.steps - self.progress.step)
+        return min(left, max(0.0, 60 * self.config.max_minutes - self._elapsed())) if self.config.max_minutes else left
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless this step has one. Collective. Never saves weights that are not finite."""
+        if self.saved_step == self.progress.step:
+            return
+        self._read_losses()
+        if not guards.all_finite(self.job.model.parameters()):
+            raise guards.not_finite(self.progress.step, "weights are", self._last_saved())
+        self.progress.seconds = self._elapsed()
+        self.checkpoint = self.job.save(self.job)
+        self.saved_step = self.progress.step
+        self._tell("on_save", self.progress.step, self.checkpoint)
+
+    def _evaluate(self) -> None:
+        """Bits per byte on the validation data, without the compiler. Collective."""
+        rows = self.plan.eval_rows()
+        if rows == 0:
+            return
+        loader = self.job.val_loader()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # another compilation costs more than one evaluation
+                bpb = bits_per_byte(self.job.model, loader, -(-rows // self.plan.rows), self.job.tokenizer.token_bytes(), max_rows=rows)
+        finally:
+            if hasattr(loader, "close"):
+                loader.close()
+        self.progress.val_bpb, self.progress.val_loss = bpb.bpb, bpb.nats_per_token
+        self._tell("on_eval", EvalRecord(self.progress.step, bpb.bpb, bpb.nats_per_token, bpb.tokens))
+
+    def _sample(self, last: bool = False) -> None:
+        """Let the model continue a few prompts, on rank 0."""
+        if self.config.sample_every <= 0 or not self.callbacks:
+            return
+        on_rank0(lambda: self._tell("on_sample", self.progress.step, self._texts()))
+
+    def _texts(self) -> list[str]:
+        tokenizer, room = self.job.tokenizer, self.plan.model.sequence_len - 2
+        prompts = [tokenizer.encode(text, bos=True)[:room] for text in SAMPLE_PROMPTS]
+        tokens = [list(prompt) for prompt in prompts]
+        with evaluating(self.job.model):
+            made = generate_batch(self.job.model, prompts, SAMPLE_TOKENS, seed=self.config.seed, top_k=50, stop_ids=[tokenizer.bos_id])
+            for item in made:
+                for row, token in enumerate(item):
+                    tokens[row] += [] if token is None else [token]
+        return [tokenizer.decode(row[1:]) for row in tokens]
+
+    # --- the end -----------------------------------------------------------------------------------------------------------------
+
+    def result(self, stopped: str) -> dict[str, Any]:
+        """The record that ends the script. final_loss: mean of the last steps (at most 20); first_loss: of this process's first step."""
+        seconds, steps = self.clock.timed_seconds, self.clock.timed_steps
+        return {
+            "final_loss": self.progress.final_loss(),
+            "val_bpb": self.progress.val_bpb,
+            "val_loss": self.progress.val_loss,
+            "first_loss": self.first_loss,
+            "tok_per_s": round(steps * self.plan.tokens_per_step / seconds, 1) if seconds else None,
+            "steps": self.progress.step,
+            "tokens": self.progress.tokens,
+            "params": self.plan.params,
+            "checkpoint": self._last_saved(),
+            "resumed_from": self.start_step if self.job.resumed_from else None,
+            "stopped": stopped or None,
+            "seconds": round(time.perf_counter() - self._began, 3),
+            "peak_memory_gib": round(peak_memory_gib(self.job.device), 3),
+            "device": str(self.job.device),
+            "run_name": self.config.run_name,
+            "log_dir": None if self.job.log_dir is None else str(self.job.log_dir),
+            "lineage_events": 0,
+        }
+
+    def _last_saved(self) -> str | None:
+        return None if self.checkpoint is None else str(self.checkpoint)
+
+    def _memory_guard(self) -> contextlib.AbstractContextManager[None]:
+        return guards.out_of_memory_as_user_error(self.plan.rows, self._fitting_rows, str(self.job.device))
+
+    def _fitting_rows(self) -> int:
+        """Rows that should fit, after an allocation has failed: at most half as many."""
+        half = max(1, self.plan.rows // 2)
+        memory = total_memory(self.job.device)
+        return half if memory is None else fitting_rows(self.plan.model, self.plan.dtype, self.plan.params, memory, most=half)
+
+    def _tell(self, event: str, *args: Any) -> None:
+        if self.job.rank.first:
+            for callback in self.callbacks:
+                getattr(callback, event)(*args)

@@ -1,0 +1,248 @@
+"""One pre-training run from its configuration to its record: data, plan, model, resume, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bio_inspired_nanochat.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
+from bio_inspired_nanochat.common import Rank, pick_device, say
+from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
+from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.optim import build_optimizer
+from bio_inspired_nanochat.tokenizer import Tokenizer
+from bio_inspired_nanochat.training import guards
+from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
+from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults
+from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
+from bio_inspired_nanochat.training.hardware import fitting_rows, peak_memory_gib, total_memory
+from bio_inspired_nanochat.training.loop import Job, Trainer
+from bio_inspired_nanochat.training.loopstate import Progress, restore_rng, rng_state
+from bio_inspired_nanochat.training.plan import Plan, given_fields, inherit, make_plan
+from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, gather, on_rank0, process_group
+
+
+def train(config: TrainConfig, callbacks: Sequence[Callback] = (), given: set[str] | None = None) -> dict[str, Any]:
+    """Train as `config` says, as one process or as one of torchrun's. Returns the record that base_train prints last.
+
+    callbacks: called after the built-in ones (console lines, JSON log). given: dotted names of the flags that were typed; a
+    resumed run takes all others from its checkpoint (None: those that differ from their defaults).
+    Raises UserError for everything that a user can fix: values, paths, memory, divergence.
+    """
+    given = given_fields(config) if given is None else given
+    check_device_count(config.device)
+    device = pick_device(config.device)
+    with process_group(device) as rank:
+        job = prepare(config, device, rank, given)
+        return Trainer(job, [Console(), JsonLog(), *callbacks]).run()
+
+
+def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[str]) -> Job:
+    """Everything that a run needs, from the configuration. Collective."""
+    name = config.run_name or fill_defaults(config, device).default_run_name()
+    resume = broadcast(on_rank0(lambda: find_resume(config, name)))
+    saved = on_rank0(lambda: None if resume is None else load_checkpoint(resume), then_all=True)
+    if saved is not None:
+        config = on_rank0(lambda: _resumed_config(config, given, saved), then_all=True) or config
+    source, tokenizer = _data(config, resume)
+    plan: Plan = broadcast(on_rank0(lambda: make_plan(config, device, rank.world, tokenizer.vocab_size, tokenizer.bos_id)))
+    if saved is not None:
+        on_rank0(lambda: _check_same_model(plan.model, saved), then_all=True)
+    folders: Folders = broadcast(on_rank0(lambda: take_folders(plan.config, name, resume)))
+    plan = dataclasses.replace(plan, config=named(plan.config, folders))
+    for line in plan.describe():
+        say(line)
+    model = build_model(plan, device)
+    optimizer = build_optimizer(
+        model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
+    )
+    loader = PackedLoader(source.train_paths, tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world)
+
+    def val_loader() -> PackedLoader:
+        return PackedLoader([source.val_path], tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world, loop=False)
+
+    torch.manual_seed(plan.config.seed + rank.index)
+    job = Job(
+        plan=plan,
+        device=device,
+        rank=rank,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        val_loader=val_loader,
+        tokenizer=tokenizer,
+        progress=Progress(),
+        save=lambda job: save(job, folders.checkpoints),
+        log_dir=folders.logs,
+    )
+    if saved is not None:
+        restore(job, saved)
+    return job
+
+
+def _data(config: TrainConfig, resume: Path | None) -> tuple[DataSource, Tokenizer]:
+    """Corpus and tokenizer; rank 0 prepares them first. A resumed run uses the tokenizer in its checkpoint."""
+
+    def load() -> tuple[DataSource, Tokenizer]:
+        source = resolve_data(config.data_dir, config.dataset)
+        stored = None if resume is None else resume / "tokenizer.json"
+        if stored is not None and stored.exists():
+            return source, Tokenizer.load(stored)
+        size = fill_defaults(config, pick_device(config.device)).vocab_size
+        assert size is not None
+        return source, ensure_tokenizer(source, size, config.tokenizer)
+
+    loaded = on_rank0(load, then_all=True)
+    assert loaded is not None
+    return loaded
+
+
+def build_model(plan: Plan, device: torch.device) -> GPT:
+    """The plan's model with fresh weights, drawn on the CPU so that they are the same on every device."""
+    model = GPT(plan.model, seed=plan.config.seed).to(device)
+    return model.set_compute_dtype(plan.dtype)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+
+def save(job: Job, folder: Path) -> Path | None:
+    """Write a checkpoint of a job into the run's folder. Collective; rank 0 writes and returns the path.
+
+    Optimizer states are equal on all ranks, so one is stored. The position in the data and the random generators are each rank's own.
+    """
+    ranks = gather({"loader": job.loader.state_dict(), "rng": rng_state(job.device)})
+    meta = {
+        "step": job.progress.step,
+        "kind": "base",
+        "model_config": to_dict(job.plan.model),
+        "train_config": to_dict(job.plan.config),
+        "loop": {"progress": job.progress.to_meta(), "ranks": ranks, "tokens_per_step": job.plan.tokens_per_step},
+    }
+
+    def write() -> Path:
+        files = {"tokenizer.json": job.tokenizer.to_json().encode()}
+        keep = job.plan.config.keep_checkpoints or None
+        state = {name: value.detach() for name, value in job.model.state_dict().items()}
+        return save_checkpoint(folder, job.progress.step, state, meta, job.optimizer.state_dict(), files, keep)
+
+    return broadcast(on_rank0(write))
+
+
+def restore(job: Job, saved: Checkpoint) -> None:
+    """Continue from a checkpoint: weights, optimizer, position in the data, random generators, counters."""
+    loop = saved.meta.get("loop", {})
+    if "progress" not in loop or "ranks" not in loop:
+        raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
+    if len(loop["ranks"]) != job.plan.world:
+        raise UserError(
+            f"checkpoint {saved.path} was written by {len(loop['ranks'])} processes, this run has {job.plan.world}: "
+            "start it with as many, each continues its own part of the data"
+        )
+    job.model.load_state_dict(saved.model)
+    job.optimizer.load_state_dict(load_optimizer(saved.path))
+    own = loop["ranks"][job.rank.index]
+    job.loader.load_state_dict(own["loader"])  # type: ignore[attr-defined]
+    restore_rng(own["rng"], job.device)
+    job.progress = Progress.from_meta(loop["progress"])
+    job.resumed_from = saved.path
+    if loop["tokens_per_step"] != job.plan.tokens_per_step:
+        say(f"notice: steps had {loop['tokens_per_step']:,} tokens before, now {job.plan.tokens_per_step:,}")
+    say(f"resumed from step {job.progress.step}: {saved.path}")
+
+
+def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> TrainConfig:
+    stored = saved.meta.get("train_config")
+    if not isinstance(stored, dict):
+        raise UserError(f"checkpoint {saved.path} holds no train_config: it was not written by base_train")
+    return from_dict(TrainConfig, inherit(config, given, stored))
+
+
+def _check_same_model(model: GPTConfig, saved: Checkpoint) -> None:
+    """UserError when the flags ask for another model than the checkpoint's. The execution backend may change."""
+    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta["model_config"])))
+    for name in (*FLAG_OF, *now):
+        if name != "backend" and now[name] != then[name]:
+            raise UserError(
+                f"{FLAG_OF.get(name, name)}={now[name]} differs from {then[name]} in {saved.path}: "
+                "a resumed run keeps its model; leave the flag out or start afresh"
+            )
+
+
+# Model fields that other fields follow from, with the flag that sets them.
+FLAG_OF = {"n_layer": "depth", "n_embd": "n_embd", "sequence_len": "max_seq_len"}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+# --- runs that train nothing -----------------------------------------------------------------------------------------------------
+
+
+def print_config(config: TrainConfig) -> dict[str, Any]:
+    """The configuration with every default filled in, and what follows from it, without touching data or files."""
+    plan = make_plan(config, pick_device(config.device), 1)
+    for line in plan.describe():
+        say(line)
+    say(json.dumps(to_dict(plan.config), indent=1))
+    return {"config": to_dict(plan.config), "model": to_dict(plan.model), "params": plan.params, "flops_per_token": plan.flops_per_token}
+
+
+def dry_run(config: TrainConfig) -> dict[str, Any]:
+    """Parameters, operations and memory of a run, and one real optimizer step on random tokens. Writes nothing, reads no data."""
+    device = pick_device(config.device)
+    plan = make_plan(config, device, 1)
+    for line in plan.describe():
+        say(line)
+    say(f"memory: about {plan.memory_gib():.2f} GiB for {plan.rows} rows in {str(plan.dtype).removeprefix('torch.')}")
+    memory = total_memory(device)
+    half = max(1, plan.rows // 2)
+
+    def fits() -> int:
+        return half if memory is None else fitting_rows(plan.model, plan.dtype, plan.params, memory, most=half)
+
+    with guards.out_of_memory_as_user_error(plan.rows, fits, str(device)):
+        loss = _one_step(plan, device)
+    if not math.isfinite(loss):
+        raise guards.not_finite(1, "loss is", None)
+    say(f"one step on random tokens: loss {loss:.4f}, {peak_memory_gib(device):.2f} GiB at the peak")
+    return {
+        "dry_run": True,
+        "params": plan.params,
+        "flops_per_token": plan.flops_per_token,
+        "steps": plan.steps,
+        "tokens": plan.steps * plan.tokens_per_step,
+        "total_batch_size": plan.tokens_per_step,
+        "memory_gib": round(plan.memory_gib(), 3),
+        "peak_memory_gib": round(peak_memory_gib(device), 3),
+        "first_loss": loss,
+        "device": str(device),
+    }
+
+
+def _one_step(plan: Plan, device: torch.device) -> float:
+    model = build_model(plan, device)
+    optimizer = build_optimizer(
+        model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
+    )
+    generator = torch.Generator().manual_seed(plan.config.seed)
+    tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
+    optimizer.schedule(0, plan.steps)
+    loss = model.run(tokens[:, :-1], tokens[:, 1:].contiguous()).loss
+    loss.backward()
+    optimizer.clip_grad_norm()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.item())

@@ -1,0 +1,50 @@
+"""What every test can rely on: one torch thread, fixed seeds, no network, and artefacts in a folder of this run only."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+# Before any test module is imported, because libraries read these when they load.
+os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    lacking = {}
+    if not torch.cuda.is_available():
+        lacking["gpu"] = "needs a CUDA device"
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        lacking["browser"] = "needs Chromium"
+    for item in items:
+        for marker, reason in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_unconfigure() -> None:
+    """Remove this process's artefacts."""
+    shutil.rmtree(os.environ["NANOCHAT_BASE_DIR"], ignore_errors=True)

@@ -1,0 +1,118 @@
+"""From flags to numbers: defaults, batches that divide, what a resumed run inherits."""
+
+import pytest
+import torch
+
+from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.training import TrainConfig, dry_run, print_config
+from bio_inspired_nanochat.training.hardware import peak_by_name
+from bio_inspired_nanochat.training.plan import OPERATIONAL, given_fields, inherit, make_plan
+from tests.training.tiny import SMALL
+
+CPU = torch.device("cpu")
+
+
+def plan(world=1, **changes):
+    return make_plan(TrainConfig(**changes), CPU, world)
+
+
+def test_the_default_on_a_cpu_is_small():
+    made = plan()
+    assert (made.model.n_layer, made.model.n_embd, made.model.sequence_len, made.rows, made.dtype) == (4, 256, 256, 8, torch.float32)
+    assert made.tokens_per_step == 2048 and made.steps == round(made.config.tokens_per_param * (4 * 12 * 256**2 + 4096 * 256) / 2048)
+
+
+def test_vanilla_and_synaptic_get_equally_many_tokens():
+    vanilla, synaptic = plan(), plan(synapses=True)
+    assert synaptic.params > vanilla.params
+    assert (synaptic.steps, synaptic.tokens_per_step, synaptic.eval_rows()) == (vanilla.steps, vanilla.tokens_per_step, vanilla.eval_rows())
+
+
+@pytest.mark.parametrize(
+    ("total", "tokens", "accumulation", "notice"),
+    [(1024, 1024, 1, False), (4096, 4096, 4, False), (3000, 3072, 3, True), (5, 1024, 1, True), (1535, 1024, 1, True)],
+)
+def test_a_batch_that_does_not_divide_is_rounded_with_a_notice(capsys, total, tokens, accumulation, notice):
+    made = plan(world=2, device_batch_size=8, max_seq_len=64, total_batch_size=total)
+    assert (made.tokens_per_step, made.accumulation) == (tokens, accumulation)
+    assert ("is not a multiple of 1024 (8 rows x 64 tokens x 2 processes)" in capsys.readouterr().out) == notice
+
+
+def test_a_small_total_batch_shrinks_rows_that_nobody_asked_for(capsys):
+    assert plan(max_seq_len=64, total_batch_size=128).rows == 2 and "notice" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_covers_the_same_tokens_on_any_number_of_ranks(world):
+    assert plan(world, max_seq_len=64, eval_tokens=1024).eval_rows() * world * 64 == 1024
+    assert plan(world, eval_tokens=0).eval_rows() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"syn_cfg": TrainConfig(synapses=True).syn_cfg.preset("core")}, "add --synapses=1"),
+        ({"n_embd": 60, "head_dim": 15}, "head size 15 is odd"),
+        ({"run_name": "a/b"}, "run_name='a/b' is not a folder name"),
+        ({"data_dir": ".", "dataset": "x"}, "two sources"),
+        ({"window_pattern": "SX"}, "window_pattern='SX'"),
+        ({"n_kv_head": 3}, "n_kv_head=3 does not divide"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_named(changes, said):
+    with pytest.raises(UserError, match=said):
+        plan(**changes)
+
+
+def test_a_resumed_run_inherits_training_but_not_settings_of_the_process():
+    saved = to_dict(TrainConfig(depth=3, seed=9, log_every=5, optim=TrainConfig().optim.__class__(matrix_lr=0.5, grad_clip=2.0)))
+    config = TrainConfig(resume="auto", optim=TrainConfig().optim.__class__(grad_clip=1.0))
+    values = inherit(config, given_fields(config), saved)
+    assert (values["depth"], values["seed"], values["log_every"]) == (3, 9, 10)
+    assert values["optim"]["matrix_lr"] == 0.5 and values["optim"]["grad_clip"] == 1.0
+    assert values["resume"] == "auto"
+
+
+def test_a_new_length_in_tokens_replaces_the_old_length_in_steps():
+    saved = to_dict(TrainConfig(num_iterations=100))
+    config = TrainConfig(tokens_per_param=2.0)
+    assert inherit(config, {"tokens_per_param"}, saved)["num_iterations"] is None
+
+
+def test_operational_settings_exist():
+    assert set(to_dict(TrainConfig())) >= OPERATIONAL
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GB200", 2500.0),
+        ("Something New", None),
+    ],
+)
+def test_peaks_are_found_by_name(name, tflops):
+    assert peak_by_name(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_a_dry_run_steps_once_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = dry_run(TrainConfig(**SMALL, synapses=True, data_dir=str(tmp_path)))
+    assert record["first_loss"] == pytest.approx(torch.tensor(280.0).log().item(), abs=0.1)
+    assert record["params"] > 0 and record["flops_per_token"] > 0 and record["memory_gib"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_printed_config_leaves_nothing_open(capsys):
+    record = print_config(TrainConfig())
+    unknown = [name for name, value in record["config"].items() if value is None]
+    assert set(unknown) <= {"head_dim", "n_kv_head", "data_dir", "dataset", "tokenizer", "checkpoint_dir", "run_name"}

@@ -1,0 +1,143 @@
+"""N steps are k steps and N - k more, bit for bit, logs included."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bio_inspired_nanochat.checkpoint import load_checkpoint, load_optimizer
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.training import Callback, TrainConfig, train
+from tests.training.tiny import corpus, small
+
+KINDS = {"vanilla": {}, "synaptic": {"synapses": True, "doc_mask": True, "value_embeds": True}}
+
+
+class Losses(Callback):
+    """The exact loss of every step of one process."""
+
+    def __init__(self) -> None:
+        self.hex: list[str] = []
+
+    def on_step(self, record) -> None:
+        self.hex.append(record.loss.hex())
+
+
+def run(config: TrainConfig, given: set[str] | None = None) -> tuple[dict, list[str]]:
+    losses = Losses()
+    return train(config, [losses], given), losses.hex
+
+
+def flat(tree, prefix="") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else []
+    return {name: tensor for key, value in items for name, tensor in flat(value, f"{prefix}/{key}").items()}
+
+
+def same_checkpoint(left: str, right: str) -> None:
+    a, b = load_checkpoint(left), load_checkpoint(right)
+    assert a.model.keys() == b.model.keys()
+    for name, value in a.model.items():
+        assert torch.equal(value, b.model[name]), name
+    first, second = flat(load_optimizer(left)), flat(load_optimizer(right))
+    assert first.keys() == second.keys() and len(first) > 4
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert a.meta["loop"]["ranks"] == b.meta["loop"]["ranks"], "data position and random generators"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopping_and_resuming_twice_changes_no_bit(tmp_path, kind):
+    changes = {**KINDS[kind], "log_every": 1, "num_iterations": 7}
+    whole, losses = run(small(tmp_path / "a", **changes))
+    parts: list[str] = []
+    for stop_after, resume in ((2, ""), (5, "auto"), (0, "auto")):
+        record, more = run(small(tmp_path / "b", **changes, stop_after=stop_after, resume=resume))
+        parts += more
+    assert parts == losses and len(set(losses)) == 7
+    assert record["resumed_from"] == 5 and record["steps"] == 7
+    for name in ("final_loss", "val_bpb", "val_loss", "tokens"):
+        assert record[name] == whole[name], name
+    same_checkpoint(whole["checkpoint"], record["checkpoint"])
+
+
+def test_a_periodic_checkpoint_in_mid_run_is_as_good_as_a_stop(tmp_path):
+    changes = {"log_every": 1, "num_iterations": 6, "save_every": 2, "eval_every": 2, "sample_every": 2, "keep_checkpoints": 0}
+    whole, losses = run(small(tmp_path, **changes))
+    at = Path(whole["checkpoint"]).parent / "step_000004"
+    again, tail = run(small(tmp_path, **changes, resume=str(at)))
+    assert tail == losses[4:] and again["resumed_from"] == 4
+    same_checkpoint(whole["checkpoint"], again["checkpoint"])
+
+
+def test_a_resumed_run_needs_none_of_its_flags_again(tmp_path):
+    record, _ = run(small(tmp_path, num_iterations=4, stop_after=2, seed=5, synapses=True))
+    places = {"checkpoint_dir": str(tmp_path / "checkpoints"), "log_dir": str(tmp_path / "runs"), "device": "cpu"}
+    again, _ = run(TrainConfig(resume=str(Path(record["checkpoint"]).parent), **places, log_every=0, sample_every=0), set(places))
+    meta = load_checkpoint(again["checkpoint"]).meta["train_config"]
+    assert again["steps"] == 4 and (meta["depth"], meta["seed"], meta["synapses"]) == (2, 5, True)
+    assert meta["data_dir"] == str(corpus())
+
+
+def test_more_steps_than_before_can_be_asked_for(tmp_path):
+    run(small(tmp_path, num_iterations=3))
+    record, _ = run(small(tmp_path, num_iterations=5, resume="auto"))
+    assert record["resumed_from"] == 3 and record["steps"] == 5
+
+
+def test_a_finished_run_resumes_to_its_own_result(tmp_path):
+    whole, _ = run(small(tmp_path, num_iterations=3))
+    again, losses = run(small(tmp_path, num_iterations=3, resume="auto"))
+    assert losses == [] and again["val_bpb"] == whole["val_bpb"] and again["checkpoint"] == whole["checkpoint"]
+
+
+def test_a_step_can_be_named(tmp_path):
+    run(small(tmp_path, num_iterations=4, save_every=1, keep_checkpoints=0))
+    record, _ = run(small(tmp_path, num_iterations=4, resume="2"))
+    assert record["resumed_from"] == 2
+    with pytest.raises(UserError, match="no checkpoint of step 9"):
+        run(small(tmp_path, num_iterations=4, resume="9"))
+
+
+def test_auto_without_a_checkpoint_starts_afresh(tmp_path, capsys):
+    record, _ = run(small(tmp_path, num_iterations=2, resume="auto"))
+    assert record["resumed_from"] is None and "found no checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"n_embd": 48}, "n_embd=48 differs from 32"), ({"synapses": True}, "synapses=True differs from False")]
+)
+def test_another_model_than_the_checkpoints_is_an_error(tmp_path, changes, said):
+    run(small(tmp_path, num_iterations=2, run_name="r"))
+    with pytest.raises(UserError, match=said):
+        run(small(tmp_path, run_name="r", resume="auto", **changes))
+
+
+def test_the_log_holds_every_step_once(tmp_path):
+    changes = {"log_every": 1, "num_iterations": 6, "save_every": 3, "keep_checkpoints": 0}
+    record, losses = run(small(tmp_path, **changes))
+    log = Path(record["log_dir"]) / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"kind": "step", "st')  # a process that died while it wrote
+    run(small(tmp_path, **changes, resume="3"))
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [event for event in events if event["kind"] == "step"]
+    assert [event["step"] for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert [event["loss"].hex() for event in steps] == losses
+    assert [event["step"] for event in events if event["kind"] == "save"] == [3, 6]
+    assert [event["kind"] for event in events].count("end") == 1
+
+
+def test_tensorboard_shows_every_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from bio_inspired_nanochat.neuroviz.tensorboard import TensorBoard
+
+    config = {"log_every": 1, "num_iterations": 4, "save_every": 2, "keep_checkpoints": 0, "synapses": True}
+    record = train(small(tmp_path, **config), [TensorBoard()])
+    train(small(tmp_path, **config, resume="2"), [TensorBoard()])
+    events = EventAccumulator(record["log_dir"]).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert {"val/bpb", "gains/layer0/gain_release", "train/tok_per_s"} <= set(events.Tags()["scalars"])
+    assert "train/mfu" not in events.Tags()["scalars"], "nothing is shown for what is not known"
