@@ -50,6 +50,7 @@ def draw_loss(found: Findings, path: Path) -> None:
             axes.set_xlim(left=0)
             axes.legend()
         _limit_to_the_interesting(left, found)
+        right.margins(y=0.12)
         right.set_xlim(right=1.15 * max([x for x, _ in ends.values()], default=1.0))
         _label_ends(right, ends)
 
