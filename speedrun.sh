@@ -14,8 +14,8 @@ model side by side on the same data and compares them. The last line of output i
 
 environment:
   SPEEDRUN_DEPTH=N     layers of both models
-  SPEEDRUN_MINUTES=N   time for both trainings together
-  SPEEDRUN_DATA=DIR    parquet shards with a column `text` (default: the embedded demo corpus)
+  SPEEDRUN_MINUTES=N   time for everything after installation (default 9.5)
+  SPEEDRUN_DATA=PATH   a folder of parquet shards, or a text file or folder (default: the embedded demo corpus)
   NANOCHAT_BASE_DIR    where artefacts live (default ~/.cache/bio_inspired_nanochat)
 
 After the set-up `.venv/bin/python -m scripts.speedrun --help` lists the flags.

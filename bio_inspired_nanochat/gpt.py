@@ -252,7 +252,9 @@ class GPT(nn.Module):
     def _check_step(self, idx: Tensor, state: SynapseState, starts: list[int], counts: list[int]) -> None:
         if idx.shape[0] != state.batch_size or len(counts) != state.batch_size:
             raise UserError(f"a chunk of {idx.shape[0]} rows does not fit a state of {state.batch_size} sequences")
-        if len(state.layers) != len(self.blocks) or set(state.layers[0].tensors()) != set(self.init_state(1, 1).layers[0].tensors()):
+        layout = (self.config.n_kv_head, state.max_len, self.config.head_dim)
+        fits = len(state.layers) == len(self.blocks) and state.layers[0].k.shape[1:] == layout
+        if not fits or set(state.layers[0].tensors()) != self.blocks[0].attn.state_fields:
             raise UserError("this state belongs to another model: make one with model.init_state")
         for row, (begin, count) in enumerate(zip(starts, counts, strict=True)):
             if not 1 <= count <= idx.shape[1]:

@@ -186,6 +186,8 @@ def test_errors_of_step_name_the_value_and_the_fix(tmp_path):
         net.step(ids[:, :0], state)
     with pytest.raises(UserError, match="another model"):
         build("vanilla").step(ids, state)
+    with pytest.raises(UserError, match="another model"):
+        build("default", n_embd=64).step(ids, state)
     with pytest.raises(UserError, match="3 rows"):
         net.step(make_ids(batch=3), state)
     with pytest.raises(UserError, match="row 2"):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     raw = data.encode() if isinstance(data, str) else data
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
             file.flush()
@@ -38,6 +38,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """The process's file mode mask; reading it means setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sha256_file(path: Path) -> str:
@@ -51,8 +58,9 @@ def sha256_file(path: Path) -> str:
 
 def print_json_line(record: dict[str, Any]) -> None:
     """The last line of every script's stdout: one JSON object (NaN and infinity become null, so that any parser reads it)."""
-    sys.stdout.write(json.dumps(_finite(record)) + "\n")
-    sys.stdout.flush()
+    from bio_inspired_nanochat.common import console  # imported late: console uses this package's other modules
+
+    console.write(json.dumps(_finite(record)) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -35,6 +35,8 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.cfg = config.syn_cfg
+        self.state_fields |= {*PRESYN_FIELDS, "beta"} if self.cfg.presyn else set()
+        self.state_fields |= {"barrier"} if self.cfg.barrier == "gated" else set()
         self.synapse = Presynaptic(config)
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None) -> Tensor:

@@ -50,6 +50,8 @@ def apply_rotary(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention with rotary positions and QK norm; keys and values may be shared by groups of heads."""
 
+    state_fields = frozenset({"k", "v"})  # tensors of this layer's LayerState
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer

@@ -122,6 +122,7 @@ class Trainer:
                 if stopped in ("", "max_minutes"):
                     self._evaluate()
                     self._sample(last=True)
+                stopped = stopped or signals.received  # a signal in these last parts still tells the caller not to go on
             result = self.result(stopped)
             self._tell("on_end", result)
             return result

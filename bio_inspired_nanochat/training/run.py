@@ -58,8 +58,9 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
         on_rank0(lambda: _check_same_model(plan.model, saved), then_all=True)
     folders: Folders = broadcast(on_rank0(lambda: take_folders(plan.config, name, resume)))
     plan = dataclasses.replace(plan, config=named(plan.config, folders))
-    for line in plan.describe():
-        say(line)
+    if saved is None:
+        for line in plan.describe():
+            say(line)
     model = build_model(plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
