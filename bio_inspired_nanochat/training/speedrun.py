@@ -40,7 +40,7 @@ VARIABLES = {"depth": "SPEEDRUN_DEPTH", "minutes": "SPEEDRUN_MINUTES", "data": "
 AFTER_SECONDS = 25.0  # samples, pictures, report and two checkpoints on a busy machine
 MOST_EPOCHS = 4  # passes over the training text; more would only learn it by heart
 COMPILE_MINUTES = 3.0  # below this, torch.compile costs a GPU more time than it saves
-# Sizes that reach the lowest bits per byte in 10 minutes, of those tried: on two CPU cores depth 3 beats 4 by 0.06.
+# On two CPU cores the lowest bits per byte in 10 minutes, of depth 3 and 4, vocabulary 2048 and 4096, and 4 and 8 rows.
 _CPU = {"depth": 3, "vocab_size": 2048, "max_seq_len": 256, "device_batch_size": 4}
 _GPU = {"depth": 8, "vocab_size": 8192, "max_seq_len": 1024, "total_batch_size": 1 << 15}
 
