@@ -14,7 +14,7 @@ MODELS = {
     "plain": {},
     "window": {"window_pattern": "SL"},
     "documents": {"doc_mask": True},
-    "value_embeds": {"value_embeds": True},
+    "no_value_embeds": {"value_embeds": False},
 }
 SYNAPSES: dict[str, SynapticConfig | None] = {"vanilla": None, "default": SynapticConfig()}
 SYNAPSES |= {name: config_with(name) for name in MECHANISMS}
