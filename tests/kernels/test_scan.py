@@ -74,7 +74,9 @@ def test_triton_scan_on_the_gpu():
 
 
 def test_triton_scan_in_the_interpreter():
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of Triton 3.6 cannot loop up to a run-time bound with numpy 2.4")
     code = "from tests.kernels.test_scan import check_triton_scan; check_triton_scan('cpu')"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240, check=False
