@@ -47,12 +47,19 @@ class RunOutput(NamedTuple):
     loss: Tensor | None
 
 
+class Embedding(nn.Embedding):
+    """A lookup table whose weight is left to the model's `init_weights`."""
+
+    def reset_parameters(self) -> None:
+        """Fill nothing: on the meta device the default would load the whole compiler."""
+
+
 class ValueEmbedding(nn.Module):
     """A second token embedding added to one layer's values, gated per key head by the first channels of the input."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+        self.table = Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
         self.gate = nn.Parameter(torch.empty(config.n_kv_head, min(GATE_CHANNELS, config.n_embd)))
 
     def forward(self, idx: Tensor, x: Tensor) -> Tensor:
@@ -102,7 +109,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
         self.x0_scale = nn.Parameter(torch.empty(config.n_layer))

@@ -19,12 +19,25 @@ def _on_triton(x: Tensor) -> bool:
     return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@torch.library.custom_op("bio_inspired_nanochat::linear_scan", mutates_args=())
+def _needs_operator() -> bool:
+    """Whether a call must be visible to autograd or the compiler; decoding is neither and starts faster without an operator."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """x[n+1] = a[n] x[n] + b[n] over dimension 2.
+    """x[n+1] = a[n] x[n] + b[n] over dimension 2. Differentiable.
 
     a: [B, H, N, Tk] or [B, H, N, 1]; b: [B, H, N, Tk]; start: x[0] [B, H, Tk]. Returns x[0..N], [B, H, N+1, Tk].
     """
+    return linear_scan_op(a, b, start) if _needs_operator() else _linear_scan(a, b, start)
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """Inclusive sum over the last dimension in float64, so that differences of distant sums stay exact (float32 on MPS)."""
+    return running_sum_op(x) if _needs_operator() else _running_sum(x)
+
+
+def _linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     if _on_triton(b):
         from bio_inspired_nanochat.kernels import scan_triton  # imported late: a machine without Triton never gets here
 
@@ -37,7 +50,10 @@ def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return x
 
 
-@linear_scan.register_fake
+linear_scan_op = torch.library.custom_op("bio_inspired_nanochat::linear_scan", _linear_scan, mutates_args=())
+
+
+@linear_scan_op.register_fake
 def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     batch, heads, ticks, keys = b.shape
     return b.new_empty(batch, heads, ticks + 1, keys)
@@ -72,16 +88,17 @@ def _linear_scan_backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (grad_b * x[:, :, :-1]).sum_to_size(a.shape), grad_b, adjoint[:, :, 0]
 
 
-linear_scan.register_autograd(_linear_scan_backward, setup_context=_linear_scan_setup)
+linear_scan_op.register_autograd(_linear_scan_backward, setup_context=_linear_scan_setup)
 
 
-@torch.library.custom_op("bio_inspired_nanochat::running_sum", mutates_args=())
-def running_sum(x: Tensor) -> Tensor:
-    """Inclusive sum over the last dimension in float64, so that differences of distant sums stay exact (float32 on MPS)."""
+def _running_sum(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64).contiguous().cumsum(-1)
 
 
-@running_sum.register_fake
+running_sum_op = torch.library.custom_op("bio_inspired_nanochat::running_sum", _running_sum, mutates_args=())
+
+
+@running_sum_op.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32 if x.device.type == "mps" else torch.float64)
 
@@ -105,4 +122,4 @@ def _running_sum_backward(ctx, grad: Tensor) -> Tensor:
     return running_sum_adjoint(grad, ctx.dtype)
 
 
-running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_setup)
+running_sum_op.register_autograd(_running_sum_backward, setup_context=_running_sum_setup)

@@ -28,6 +28,9 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Leave the weight to the model's `init_weights`, which fills every parameter."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n_in] to [..., n_out]."""
         return F.linear(x, self.weight.to(x.dtype))

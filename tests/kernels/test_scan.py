@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bio_inspired_nanochat.kernels.scan import linear_scan, running_sum
+from bio_inspired_nanochat.kernels.scan import linear_scan, linear_scan_op, running_sum, running_sum_op
 
 
 def scan_inputs(shape_a):
@@ -17,14 +17,21 @@ def scan_inputs(shape_a):
 
 
 def test_the_operators_keep_their_promises_to_the_compiler():
-    torch.library.opcheck(linear_scan, scan_inputs((2, 3, 5, 1)))
-    torch.library.opcheck(linear_scan, scan_inputs((2, 3, 5, 4)))
+    torch.library.opcheck(linear_scan_op, scan_inputs((2, 3, 5, 1)))
+    torch.library.opcheck(linear_scan_op, scan_inputs((2, 3, 5, 4)))
     strided = torch.rand(2, 4, 3, requires_grad=True).transpose(1, 2)
-    torch.library.opcheck(running_sum, (strided,))
+    torch.library.opcheck(running_sum_op, (strided,))
 
 
 def test_gradients_of_the_scan_match_finite_differences():
     assert torch.autograd.gradcheck(linear_scan, scan_inputs((2, 3, 5, 4)))
+
+
+def test_decoding_computes_what_training_computes():
+    inputs = scan_inputs((2, 3, 5, 4))
+    with torch.no_grad():
+        assert torch.equal(linear_scan(*inputs), linear_scan_op(*inputs))
+        assert torch.equal(running_sum(inputs[0]), running_sum_op(inputs[0]))
 
 
 def test_running_sum_keeps_differences_of_distant_sums():
