@@ -177,18 +177,20 @@ class Trainer:
             idx, targets = self._to_device(*self.job.loader.next_batch())
             unsynced = isinstance(self._forward, DistributedDataParallel) and micro < self.plan.accumulation - 1
             with self._forward.no_sync() if unsynced else contextlib.nullcontext():
-                loss = self._call(idx, targets) / self.plan.accumulation
-                loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
+                loss = self._backward(idx, targets)
+            total = loss if total is None else total + loss
         assert total is not None
         norm = self.job.optimizer.clip_grad_norm()
         self.job.optimizer.step()
         self.job.optimizer.zero_grad()
         self._unread.append(torch.stack([total.float(), norm.float()]))
 
-    def _call(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def _backward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch; its share of the loss. Both may be what the compiler fails at."""
         try:
-            return self._forward(idx, targets)
+            loss = self._forward(idx, targets) / self.plan.accumulation
+            loss.backward()
+            return loss.detach()
         except FloatingPointError as error:
             raise guards.not_finite(self.progress.step + 1, f"drive of the synapses ({error}) is", self._last_saved()) from error
         except RuntimeError as error:
@@ -294,8 +296,10 @@ class Trainer:
         if rows == 0:
             return
         loader = self.job.val_loader()
+        # Another compilation costs more than one evaluation; without a compiled model asking for eager would load the compiler.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile == "1" else contextlib.nullcontext()
         try:
-            with torch.compiler.set_stance("force_eager"):  # another compilation costs more than one evaluation
+            with eager:
                 bpb = bits_per_byte(self.job.model, loader, -(-rows // self.plan.rows), self.job.tokenizer.token_bytes(), max_rows=rows)
         finally:
             if hasattr(loader, "close"):
