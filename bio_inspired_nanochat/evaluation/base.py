@@ -8,7 +8,7 @@ from typing import Any
 
 from bio_inspired_nanochat.common import pick_device, say
 from bio_inspired_nanochat.config import knob, validate
-from bio_inspired_nanochat.data import DataSource, PackedLoader, resolve_data
+from bio_inspired_nanochat.data import DataSource, resolve_data
 from bio_inspired_nanochat.engine import Loaded, generate_batch, load
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.bpb import Bpb, bits_per_byte, evaluating
@@ -83,7 +83,7 @@ def _measure(config: BaseEvalConfig, loaded: Loaded, source: DataSource) -> Bpb:
     model, tokenizer = loaded.model, loaded.tokenizer
     length = model.config.sequence_len
     rows = -(-config.eval_tokens // length)
-    loader = PackedLoader(source.parts(config.split), tokenizer, min(rows, config.device_batch_size), length, loop=False)
+    loader = source.loader(config.split, tokenizer, min(rows, config.device_batch_size), length, loop=False)
     try:
         batches = -(-rows // min(rows, config.device_batch_size))
         return bits_per_byte(model, loader, batches, tokenizer.token_bytes(), max_rows=rows)

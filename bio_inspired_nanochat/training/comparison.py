@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.data import DataSource, PackedLoader
+from bio_inspired_nanochat.data import DataSource
 from bio_inspired_nanochat.engine import generate_batch, load
 from bio_inspired_nanochat.evaluation import Bpb, bits_per_byte
 from bio_inspired_nanochat.gpt import GPT
@@ -117,7 +117,7 @@ class _Rows:
 def validation_rows(source: DataSource, tokenizer: Tokenizer, length: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets [R,T] of about the first `tokens` validation tokens, or of all there are. T is `length`."""
     wanted = max(1, tokens // length)
-    loader = PackedLoader([source.val_path], tokenizer, min(8, wanted), length, loop=False)
+    loader = source.loader("val", tokenizer, min(8, wanted), length, loop=False)
     try:
         batches = list(itertools.islice(loader, -(-wanted // min(8, wanted))))
     finally:

@@ -65,10 +65,10 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )
-    loader = PackedLoader(source.train_paths, tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world)
+    loader = source.loader("train", tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world)
 
     def val_loader() -> PackedLoader:
-        return PackedLoader([source.val_path], tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world, loop=False)
+        return source.loader("val", tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world, loop=False)
 
     torch.manual_seed(plan.config.seed + rank.index)
     job = Job(
