@@ -8,6 +8,7 @@ Dimensions: B batch, T tokens, V vocabulary, H query heads, D head size.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -18,20 +19,27 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.checkpoint import find_checkpoint, load_checkpoint
 from bio_inspired_nanochat.common import generator_for
+from bio_inspired_nanochat.common.automata import RULES, automaton_matrix
 from bio_inspired_nanochat.config import GPTConfig, from_dict
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.kernels import ReleaseNoise
+from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic import (
     GAINS,
     MLP,
     CausalSelfAttention,
     Chunk,
+    Extras,
     LayerState,
+    LayerTelemetry,
     Linear,
     Presynaptic,
     SynapseState,
     SynapticCausalSelfAttention,
+    auxiliary_loss,
     rms_norm,
     rotary,
+    summarise,
 )
 
 SOFTCAP = 15.0
@@ -41,10 +49,18 @@ __all__ = ["GPT", "GPTConfig", "RunOutput"]
 
 
 class RunOutput(NamedTuple):
-    """What one forward pass returns: logits [B, T, V] float32 and, given targets, the mean loss in nats."""
+    """What one forward pass returns.
+
+    logits: [B, T, V] float32 (with several samples the log of the mean probabilities); loss: mean cross-entropy in nats, given
+    targets; aux: weighted auxiliary losses of the synapses, which training adds, or None; telemetry: one entry per synaptic
+    layer, or None; variance: [B, T, V] variance of the probabilities over the samples, or None.
+    """
 
     logits: Tensor
     loss: Tensor | None
+    aux: Tensor | None = None
+    telemetry: list[LayerTelemetry] | None = None
+    variance: Tensor | None = None
 
 
 class Embedding(nn.Embedding):
@@ -87,10 +103,10 @@ class Block(nn.Module):
         normed = rms_norm(x)
         return x, normed, None if self.value_embed is None else self.value_embed(idx, normed)
 
-    def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], doc: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], extras: Extras) -> Tensor:
         """Whole sequences: x and x0 [B, T, n_embd], scales [2] of the two, idx [B, T]."""
         x, normed, value_embed = self._enter(x, x0, scales, idx)
-        x = x + self.attn(normed, cos_sin, value_embed, doc)
+        x = x + self.attn(normed, cos_sin, value_embed, extras)
         return x + self.mlp(rms_norm(x))
 
     def step(
@@ -109,6 +125,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.compiled = False
         self.embed = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.resid_scale = nn.Parameter(torch.empty(config.n_layer))
@@ -137,6 +154,9 @@ class GPT(nn.Module):
                 generator = generator_for(seed, name)
                 if leaf == "embed":
                     values.normal_(0, 0.8, generator=generator)
+                elif self.config.init in RULES and leaf in ("q", "k", "v", "w_in"):
+                    std = (0.4 * bound if leaf == "w_in" else bound) / math.sqrt(3)
+                    values = automaton_matrix(*parameter.shape, RULES[self.config.init], generator, std)
                 else:
                     limit = 0.4 * bound if leaf == "w_in" else bound
                     values.uniform_(-limit, limit, generator=generator)
@@ -151,7 +171,7 @@ class GPT(nn.Module):
         return self
 
     def compile_regions(self, backend: str = "inductor") -> GPT:
-        """Compile every block and the loss in place, for training and evaluation at fixed shapes.
+        """Compile every block and the loss in place, for training at fixed shapes.
 
         Blocks share their graphs, so the time to compile does not grow with depth. Decoding by `step` is left as it is.
         """
@@ -161,6 +181,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False, backend=backend)
         self._loss = torch.compile(self._loss, dynamic=False, backend=backend)
+        self.compiled = True
         return self
 
     def _documents(self, idx: Tensor) -> Tensor | None:
@@ -187,43 +208,121 @@ class GPT(nn.Module):
         """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input."""
         return self._logits(self._trunk(idx))
 
-    def _trunk(self, idx: Tensor) -> Tensor:
-        """The residual stream after the last block, [B, T, n_embd]."""
+    def _trunk(self, idx: Tensor, noise: ReleaseNoise | None = None, records: list[dict[str, Tensor]] | None = None) -> Tensor:
+        """The residual stream after the last block, [B, T, n_embd]; `records` gets one dictionary per layer."""
         self._check_ids(idx)
         positions = torch.arange(idx.shape[1], device=idx.device)[None]
         x0 = self._embed(idx)
         x = x0.clone()  # were it x0 itself, the compiler would give the first layer a graph of its own
         cos_sin = rotary(positions, self.config.head_dim, x.dtype)
         doc = self._documents(idx)
-        for block, scales in zip(self.blocks, self._scales(), strict=True):
-            x = block(x, x0, scales, idx, cos_sin, doc)
+        layers = torch.arange(len(self.blocks), device=idx.device)
+        for layer, (block, scales) in enumerate(zip(self.blocks, self._scales(), strict=True)):
+            record = None
+            if records is not None:
+                records.append(record := {})
+            # the layer's index is a tensor, so that compiled blocks share their graph
+            x = block(x, x0, scales, idx, cos_sin, Extras(doc, None if noise is None else noise.at(layers[layer], 0), record))
         return x
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] float32, or with targets [B, T] (-1 ignored) the mean cross-entropy in nats."""
-        out = self.run(idx, targets)
-        return out.logits if out.loss is None else out.loss
+    def forward(self, idx: Tensor, targets: Tensor | None = None, noise_seed: int | None = None) -> Tensor:
+        """Logits [B, T, V] float32, or with targets [B, T] (-1 ignored) what training minimises: cross-entropy plus aux, in nats.
 
-    def run(self, idx: Tensor, targets: Tensor | None = None) -> RunOutput:
-        """One pass over whole sequences; never changes the model."""
-        if targets is None:
-            return RunOutput(self.logits(idx), None)
-        logits, loss = self._loss(self._trunk(idx), targets)
-        return RunOutput(logits, loss)
+        noise_seed: see `run`.
+        """
+        out = self.run(idx, targets, noise_seed=noise_seed)
+        if out.loss is None:
+            return out.logits
+        return out.loss if out.aux is None else out.loss + out.aux
+
+    def run(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        telemetry: bool = False,
+        noise_seed: int | None = None,
+        samples: int = 1,
+        sequence_ids: Tensor | None = None,
+    ) -> RunOutput:
+        """One pass over whole sequences; never changes the model.
+
+        telemetry: also return what the terminals did. noise_seed: draw the fraction `stochastic_train_frac` of the release
+        events from this seed; None computes expectations. samples: Monte-Carlo passes, which give the predictive mean and
+        variance (noise_seed None means 0 then). sequence_ids: [B] which sequence a row is, 0..B-1 by default: a row's noise
+        follows its id and not its place in the batch. Raises UserError when several samples are asked of a model without
+        stochastic release.
+        """
+        if samples > 1:
+            return self._monte_carlo(idx, targets, telemetry, noise_seed or 0, samples, sequence_ids)
+        return self._pass(idx, targets, telemetry, self._noise(idx, noise_seed, 0, sequence_ids))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether this model's synapses can release at random."""
+        return self.config.synapses and "stochastic" in active_mechanisms(self.config.syn_cfg)
+
+    def _noise(self, idx: Tensor, seed: int | None, sample: int, sequence_ids: Tensor | None) -> ReleaseNoise | None:
+        if seed is None or not self.stochastic:
+            return None
+        ids = torch.arange(idx.shape[0]) if sequence_ids is None else sequence_ids
+        return ReleaseNoise.of(ids.to(idx.device), seed, sample=sample)
+
+    def _pass(self, idx: Tensor, targets: Tensor | None, telemetry: bool, noise: ReleaseNoise | None) -> RunOutput:
+        cfg = self.config.syn_cfg
+        synaptic = self.config.synapses and cfg.presyn
+        wants_aux = synaptic and targets is not None and (cfg.aux_energy or cfg.aux_pool)
+        records: list[dict[str, Tensor]] | None = [] if wants_aux or (telemetry and synaptic) else None
+        x = self._trunk(idx, noise, records)
+        logits, loss = (self._logits(x), None) if targets is None else self._loss(x, targets)
+        aux = summary = None
+        if wants_aux:
+            aux = torch.stack([auxiliary_loss(record, cfg.aux_energy, cfg.aux_pool) for record in records]).mean()
+        if telemetry:
+            summary = [summarise(record, cfg.tick) for record in records or []]
+        return RunOutput(logits, loss, aux, summary)
+
+    def _monte_carlo(
+        self, idx: Tensor, targets: Tensor | None, telemetry: bool, seed: int, samples: int, sequence_ids: Tensor | None
+    ) -> RunOutput:
+        if not self.stochastic:
+            raise UserError(f"samples={samples}: this model releases no vesicle at random: set syn_cfg.stochastic_train_frac above 0")
+        mean, square, first = 0.0, 0.0, None
+        for sample in range(samples):
+            out = self._pass(idx, targets, telemetry and sample == 0, self._noise(idx, seed, sample, sequence_ids))
+            first = first or out
+            probabilities = torch.softmax(out.logits, dim=-1)
+            mean, square = mean + probabilities / samples, square + probabilities.square() / samples
+        logits = torch.log(mean)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        variance = (square - mean.square()).clamp(min=0) * samples / (samples - 1)
+        return RunOutput(logits, loss, first.aux, first.telemetry, variance)
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each token in nats [B, T] float32; 0 where the target is -1."""
-        losses = F.cross_entropy(self.logits(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        """Cross-entropy of each token in nats [B, T] float32; 0 where the target is -1. Never compiled.
+
+        An evaluation is shorter than another compilation; without a compiled model asking for eager would load the compiler.
+        """
+        with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
+            logits = self.logits(idx)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
         return losses.view_as(targets)
 
-    def init_state(self, batch_size: int, max_len: int) -> SynapseState:
-        """KV cache and synapse state of `batch_size` fresh sequences of at most `max_len` tokens."""
+    def init_state(
+        self, batch_size: int, max_len: int, *, noise_seed: int | None = None, sequence_ids: Tensor | None = None
+    ) -> SynapseState:
+        """KV cache and synapse state of `batch_size` fresh sequences of at most `max_len` tokens.
+
+        noise_seed, sequence_ids: stochastic release as in `run`; the key of the draws then belongs to the state.
+        """
         if batch_size < 1 or max_len < 1:
             raise UserError(f"init_state(batch_size={batch_size}, max_len={max_len}): both must be at least 1")
         device, dtype = self.embed.weight.device, self._embed(torch.zeros(1, 1, dtype=torch.long, device=self.embed.weight.device)).dtype
         layers = [block.attn.init_state(batch_size, max_len, device, dtype) for block in self.blocks]
         doc = torch.zeros(batch_size, max_len, dtype=torch.long, device=device) if self.config.doc_mask else None
-        return SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc)
+        noise = self._noise(torch.empty(batch_size, 0, device=device), noise_seed, 0, sequence_ids)
+        key = None if noise is None else torch.stack([word.flatten() for word in noise.key], dim=1)
+        return SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc, key)
 
     @torch.no_grad()
     def step(self, idx: Tensor, state: SynapseState, lengths: list[int] | Tensor | None = None) -> Tensor:
@@ -237,6 +336,8 @@ class GPT(nn.Module):
         starts = state.pos.tolist()
         self._check_step(idx, state, starts, counts)
         chunk = Chunk.of(starts, counts, idx.shape[1], idx.device)
+        if state.noise_key is not None:
+            chunk.noise = ReleaseNoise((state.noise_key[:, 0, None, None], state.noise_key[:, 1, None, None]), 0, 0)
         if state.doc is not None:
             self._extend_documents(idx, state, chunk)
         positions = torch.tensor(starts, device=idx.device)[:, None] + torch.arange(idx.shape[1], device=idx.device)

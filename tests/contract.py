@@ -18,17 +18,18 @@ MODELS = {
 }
 SYNAPSES: dict[str, SynapticConfig | None] = {"vanilla": None, "default": SynapticConfig()}
 SYNAPSES |= {name: config_with(name) for name in MECHANISMS}
-SYNAPSES["all"] = config_with(*[name for name in MECHANISMS if name != "barrier_linear"])
+SYNAPSES["all"] = config_with(*[name for name in MECHANISMS if name not in ("barrier_linear", "genome_xi")])
+SYNAPSES |= {preset: SynapticConfig.preset(preset) for preset in ("full", "seed")}
 
 
 def lively(synapse: torch.nn.Module) -> None:
     """Gains large enough that every path matters, and a gate that depends on its input."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in synapse.named_parameters():
-        if name.startswith("gain_"):
+        if name.startswith("gain_") or name == "lateral_strength":
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 2)
-        elif name == "gate_weight":
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        elif name in ("gate_weight", "genome.xi", "genome.level"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.1 if name == "gate_weight" else 0.5))
         elif name == "gate_bias":
             parameter.data.fill_(2.0)
 

@@ -22,6 +22,8 @@ LAYERS = [
     "synaptic",
     "checkpoint",
     "gpt",
+    "nanochat_import",
+    "injection",
     "structural",
     "tokenizer",
     "data",

@@ -30,7 +30,9 @@ class Knob:
     off: the value that switches the thing off (None: it has none); log: search and plot on a log scale;
     aliases: further names of its flag; path: what a path must be when the command line is read: "exists", "file" or "dir"
     (None: not a path, or one that is still to be made); none: the word that stands for None on the command line, for a field
-    typed `... | None`.
+    typed `... | None`; analogue: what it stands for in a neuron; source: where its meaning or equation comes from (empty: that of
+    the mechanism that owns it); at_birth: the value of a learned quantity before training, which a trained model no longer
+    shows; training_only: it acts on the loss and the gradient, never on the output.
     """
 
     doc: str
@@ -43,6 +45,10 @@ class Knob:
     aliases: tuple[str, ...] = ()
     path: str | None = None
     none: str = "auto"
+    analogue: str = ""
+    source: str = ""
+    at_birth: bool = False
+    training_only: bool = False
 
     def bounds(self) -> str:
         """The valid values as text, for messages and tables: `[1, 64]`, `one of none, linear, gated`, `any`."""
@@ -78,13 +84,19 @@ def knob(
     aliases: tuple[str, ...] = (),
     path: str | None = None,
     none: str = "auto",
+    analogue: str = "",
+    source: str = "",
+    at_birth: bool = False,
+    training_only: bool = False,
 ) -> Any:
     """A dataclass field with its Knob record.
 
     `default` may be a callable without arguments for a nested config, or REQUIRED for a field that must be given.
     """
     assert path is None or path in _PATH_KINDS, path
-    metadata = {"knob": Knob(doc, lo, hi, choices, off, log, unit, aliases, path, none)}
+    assert not (at_birth and training_only), "one way to measure a knob"
+    record = Knob(doc, lo, hi, choices, off, log, unit, aliases, path, none, analogue, source, at_birth, training_only)
+    metadata = {"knob": record}
     if default is not REQUIRED and callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

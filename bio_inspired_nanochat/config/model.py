@@ -27,6 +27,12 @@ class GPTConfig:
     doc_mask: bool = knob(False, "a BOS token starts a document: attention and synapses do not look across it", off=False)
     bos_token_id: int = knob(0, "id of the token that starts a document, used with doc_mask", lo=0, hi=1 << 20)
     backend: str = knob("auto", "execution of the attention operators: auto picks by device", choices=("auto", "reference", "sdpa"))
+    init: str = knob(
+        "standard",
+        "initial q, k, v and mlp input matrices: standard draws uniform values, rule30 and rule116 read a cellular automaton",
+        choices=("standard", "rule30", "rule116"),
+        off="standard",
+    )
     synapses: bool = knob(False, "replace every attention layer by a synaptic one", off=False)
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 

@@ -23,25 +23,67 @@ class SynapticConfig:
         "septin barrier, a learned penalty on distance: none, linear (a slope per head) or gated (a forgetting gate per head and token)",
         choices=("none", "linear", "gated"),
         off="none",
+        analogue="septin",
     )
-    barrier_strength: float = knob(1.0, "strength s_B of the barrier at birth; learned per head, never negative", lo=0.0, hi=4.0, off=0.0)
+    barrier_strength: float = knob(
+        1.0,
+        "strength s_B of the barrier at birth; learned per head, never negative",
+        lo=0.0,
+        hi=4.0,
+        off=0.0,
+        analogue="septin",
+        at_birth=True,
+    )
     lambda_loge: float = knob(
-        0.1, "gain g_f of the log release probability at birth; learned per head, with either sign", lo=-4.0, hi=4.0, off=0.0
+        0.1, "gain g_f of the log release probability at birth; learned per head, with either sign", lo=-4.0, hi=4.0, off=0.0, at_birth=True
     )
     drive: str = knob(
         "phi",
         "calcium drive of a logit: phi (quadratic from -1 to 1, linear above, nothing below) or softplus",
         choices=("phi", "softplus"),
     )
-    theta: float = knob(1.0, "drive threshold theta on the attention logit", lo=-2.0, hi=2.5, unit="logit")
-    tau_c: float = knob(48.0, "calcium decay: how long a terminal stays excited after use", lo=1.0, hi=4096.0, log=True, unit="tokens")
-    tau_rrp: float = knob(96.0, "vesicle refill: recovery time of the readily releasable pool", lo=1.0, hi=4096.0, log=True, unit="tokens")
-    alpha_ca: float = knob(0.072, "calcium influx per token and unit of drive", lo=0.001, hi=2.0, log=True, unit="1/token")
-    syt_fast_kd: float = knob(0.4, "half-activation calcium of the fast sensor Syt1", lo=0.02, hi=20.0, log=True, unit="calcium")
-    syt_slow_kd: float = knob(3.0, "half-activation calcium of the slow sensor Syt7", lo=0.02, hi=20.0, log=True, unit="calcium")
-    syt_mix: float = knob(0.7, "share w of the fast sensor in the release probability; 1 leaves a single sensor", lo=0.05, hi=1.0, off=1.0)
-    syt_gain: float = knob(3.0, "slope a of the release probability against sensor activation", lo=0.05, hi=12.0, log=True)
-    release_bias: float = knob(-1.0, "bias b0 of the release probability: its logit at rest", lo=-6.0, hi=3.0)
+    theta: float = knob(
+        1.0, "drive threshold theta on the attention logit", lo=-2.0, hi=2.5, unit="logit", analogue="calcium channel threshold"
+    )
+    tau_c: float = knob(
+        48.0,
+        "calcium decay: how long a terminal stays excited after use",
+        lo=1.0,
+        hi=4096.0,
+        log=True,
+        unit="tokens",
+        analogue="calcium decay",
+    )
+    tau_rrp: float = knob(
+        96.0,
+        "vesicle refill: recovery time of the readily releasable pool",
+        lo=1.0,
+        hi=4096.0,
+        log=True,
+        unit="tokens",
+        analogue="vesicle refill, RIM",
+    )
+    alpha_ca: float = knob(
+        0.072, "calcium influx per token and unit of drive", lo=0.001, hi=2.0, log=True, unit="1/token", analogue="calcium influx, RIM"
+    )
+    syt_fast_kd: float = knob(
+        0.4, "half-activation calcium of the fast sensor Syt1", lo=0.02, hi=20.0, log=True, unit="calcium", analogue="Syt1"
+    )
+    syt_slow_kd: float = knob(
+        3.0, "half-activation calcium of the slow sensor Syt7", lo=0.02, hi=20.0, log=True, unit="calcium", analogue="Syt7"
+    )
+    syt_mix: float = knob(
+        0.7,
+        "share w of the fast sensor in the release probability; 1 leaves a single sensor",
+        lo=0.05,
+        hi=1.0,
+        off=1.0,
+        analogue="Syt1, Syt7",
+    )
+    syt_gain: float = knob(3.0, "slope a of the release probability against sensor activation", lo=0.05, hi=12.0, log=True, analogue="Syt1")
+    release_bias: float = knob(
+        -1.0, "bias b0 of the release probability: its logit at rest", lo=-6.0, hi=3.0, analogue="spontaneous release, SV2"
+    )
     release_rate: float = knob(
         0.031,
         "vesicle use u: pool fraction released per token at probability 1 and unit drive",
@@ -49,9 +91,96 @@ class SynapticConfig:
         hi=1.0,
         log=True,
         unit="1/token",
+        analogue="release probability",
     )
     beta_max: float = knob(8.0, "smooth limit of the synaptic bias; 0 sets no limit", lo=0.0, hi=64.0, off=0.0, unit="logit")
-    epsilon: float = knob(1e-4, "floor inside the logarithm of the vesicle pool", lo=1e-6, hi=0.1, log=True)
+    epsilon: float = knob(1e-4, "floor inside the logarithm of a pool", lo=1e-6, hi=0.1, log=True)
+    tied_gains: bool = knob(
+        False, "one gain lambda for release, pool, priming and amplitude: lambda log(eps + q n) of the background", off=False
+    )
+
+    buffer: bool = knob(False, "calcium buffer: binds free calcium and gives it back", off=False, analogue="parvalbumin, calmodulin")
+    tau_buf: float = knob(4.0, "unbinding time of the calcium buffer", lo=0.25, hi=1024.0, log=True, unit="tokens")
+    buf_kd: float = knob(1.0, "half-saturation calcium of the buffer", lo=0.02, hi=20.0, log=True, unit="calcium")
+    doc2_gain: float = knob(
+        0.0, "weight of the Doc2 sensor, which also opens the asynchronous release channel", lo=0.0, hi=4.0, off=0.0, analogue="Doc2"
+    )
+    doc2_threshold: float = knob(0.5, "calcium at which Doc2 is half active", lo=0.02, hi=20.0, log=True, unit="calcium")
+    async_rate: float = knob(
+        0.02, "asynchronous release: pool fraction per token at full Doc2 activation", lo=0.0005, hi=1.0, log=True, unit="1/token"
+    )
+    complexin_bias: float = knob(
+        0.0, "complexin clamp: lowers the logit of the release probability", lo=0.0, hi=6.0, off=0.0, unit="logit", analogue="complexin"
+    )
+    clamp: bool = knob(False, "dynamic complexin clamp: calcium lifts it, time restores it", off=False, analogue="complexin")
+    tau_clamp: float = knob(24.0, "time in which the complexin clamp returns", lo=1.0, hi=4096.0, log=True, unit="tokens")
+    clamp_release: float = knob(
+        0.2, "rate at which calcium lifts the complexin clamp", lo=0.001, hi=10.0, log=True, unit="1/(token calcium)"
+    )
+    priming: bool = knob(False, "SNARE priming: release sites must be primed before they release", off=False, analogue="Munc13, Munc18")
+    tau_prime: float = knob(5.0, "SNARE priming time of a free release site", lo=0.25, hi=1024.0, log=True, unit="tokens")
+    tau_nsf: float = knob(10.0, "time in which NSF frees a used SNARE complex", lo=0.25, hi=1024.0, log=True, unit="tokens", analogue="NSF")
+    prime_use: float = knob(4.0, "primed share used up per released pool", lo=0.05, hi=64.0, log=True)
+    priming_gain: float = knob(2.0, "slope of the release logit against the primed share", lo=0.05, hi=12.0, log=True, unit="logit")
+    reserve: bool = knob(False, "finite reserve pool: docking draws from it, recycling fills it", off=False, analogue="synapsin, actin")
+    reserve_size: float = knob(3.0, "vesicles of a full reserve, in units of the releasable pool", lo=0.1, hi=100.0, log=True, unit="pools")
+    mobilisation: float = knob(
+        1.0, "how much calcium speeds docking by freeing vesicles of the reserve", lo=0.01, hi=16.0, log=True, analogue="synapsin, actin"
+    )
+    tau_syn: float = knob(
+        64.0, "time in which an emptied vesicle is filled anew", lo=1.0, hi=4096.0, log=True, unit="tokens", analogue="V-ATPase, VGLUT"
+    )
+    endo_delay: float = knob(
+        0.0, "endocytosis: delay between release and recycling", lo=0.0, hi=512.0, off=0.0, unit="tokens", analogue="clathrin, dynamin"
+    )
+    rec_rate: float = knob(0.5, "share of recovered vesicles that return to the reserve without refilling", lo=0.01, hi=0.99)
+    rab: bool = knob(False, "two endosomal stages between endocytosis and refilling", off=False, analogue="Rab5, Rab7")
+    tau_rab5: float = knob(16.0, "time in the early endosome", lo=0.25, hi=4096.0, log=True, unit="tokens", analogue="Rab5")
+    tau_rab7: float = knob(48.0, "time in the late endosome", lo=0.25, hi=4096.0, log=True, unit="tokens", analogue="Rab7")
+    energy: bool = knob(
+        False, "energy budget: release, pumping and priming cost it, docking and priming need it", off=False, analogue="ATP"
+    )
+    tau_energy: float = knob(
+        200.0, "recovery time of the energy budget", lo=1.0, hi=4096.0, log=True, unit="tokens", analogue="mitochondria, VDAC"
+    )
+    energy_cost_rel: float = knob(0.015, "energy spent per released vesicle", lo=0.0, hi=10.0, unit="1/vesicle")
+    energy_cost_pump: float = knob(0.015, "energy spent per refilled vesicle", lo=0.0, hi=10.0, unit="1/vesicle", analogue="V-ATPase")
+    energy_cost_prime: float = knob(0.005, "energy spent to prime one release site of six", lo=0.0, hi=10.0, unit="1/site", analogue="NSF")
+    quantal: bool = knob(False, "quantal amplitude: low energy makes a vesicle weaker", off=False, analogue="VGLUT, SV2")
+    quantal_slope: float = knob(4.0, "slope of the quantal amplitude against energy", lo=0.1, hi=32.0, log=True)
+    lateral_strength: float = knob(
+        0.0,
+        "lateral inhibition by the release of older neighbouring keys; learned per head, with either sign",
+        lo=-8.0,
+        hi=8.0,
+        off=0.0,
+        analogue="septin",
+        at_birth=True,
+    )
+    lateral_window: int = knob(8, "how many older keys inhibit a key", lo=1, hi=64, unit="keys", analogue="septin")
+    stochastic_train_frac: float = knob(
+        0.0, "fraction of (tick, head, key) release events drawn at random in training", lo=0.0, hi=1.0, off=0.0, training_only=True
+    )
+    stochastic_mode: str = knob(
+        "normal_reparam",
+        "how release is drawn: a normal approximation, or vesicle by vesicle with a relaxed or a straight-through gradient",
+        choices=("normal_reparam", "gumbel_sigmoid_ste", "straight_through"),
+        training_only=True,
+    )
+    stochastic_tau: float = knob(
+        1.0, "temperature of the relaxed gradient of gumbel_sigmoid_ste", lo=0.05, hi=20.0, log=True, training_only=True
+    )
+    stochastic_count_cap: int = knob(8, "vesicles per token and event in stochastic release", lo=1, hi=64, training_only=True)
+    genome: str = knob(
+        "direct",
+        "how kinetics are learned: directly per head, from a small vector per head with a shared decoder, or from 16 proteins",
+        choices=("direct", "xi", "proteins"),
+    )
+    xi_dim: int = knob(4, "length of the genome vector of genome=xi", lo=1, hi=64)
+    aux_energy: float = knob(
+        0.0, "weight of the loss on terminals whose energy is below one half", lo=0.0, hi=100.0, off=0.0, training_only=True
+    )
+    aux_pool: float = knob(0.0, "weight of the loss on pools below a quarter of full", lo=0.0, hi=100.0, off=0.0, training_only=True)
 
     def __post_init__(self) -> None:
         validate(self, prefix="syn_cfg.")
@@ -75,4 +204,35 @@ PRESETS: dict[str, dict[str, object]] = {
     "barrier": {"presyn": False},
     "off": {"presyn": False, "barrier": "none"},
     "pilot": {"tick": 16, "barrier": "none", "drive": "softplus", "theta": 2.0, "syt_fast_kd": 1.0, "syt_mix": 1.0, "beta_max": 0.0},
+    "full": {
+        "buffer": True,
+        "doc2_gain": 0.1,
+        "complexin_bias": 0.5,
+        "clamp": True,
+        "priming": True,
+        "reserve": True,
+        "endo_delay": 24.0,
+        "rab": True,
+        "energy": True,
+        "quantal": True,
+        "lateral_strength": 0.1,
+        "stochastic_train_frac": 0.12,
+    },
+    "seed": {
+        "barrier": "linear",
+        "tau_c": 4.0,
+        "tau_rrp": 40.0,
+        "alpha_ca": 0.25,
+        "syt_fast_kd": 0.4,
+        "syt_gain": 3.0,
+        "release_bias": 2.0,  # with the clamp of 2 and a primed terminal: probability one half at rest
+        "complexin_bias": 2.0,
+        "release_rate": 0.1,
+        "lambda_loge": 0.1,
+        "tied_gains": True,
+        "buffer": True,
+        "priming": True,
+        "energy": True,
+        "quantal": True,
+    },
 }

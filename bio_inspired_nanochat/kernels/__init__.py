@@ -17,6 +17,7 @@ from torch import Tensor
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import portable, reference
 from bio_inspired_nanochat.kernels.masks import QStart, num_ticks
+from bio_inspired_nanochat.kernels.noise import ReleaseNoise, ReleaseSampler
 from bio_inspired_nanochat.kernels.reference import phi, presyn_bias, presyn_step, released
 from bio_inspired_nanochat.kernels.scan import running_sum
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
@@ -27,6 +28,8 @@ __all__ = [
     "BACKENDS",
     "PresynParams",
     "PresynState",
+    "ReleaseNoise",
+    "ReleaseSampler",
     "num_ticks",
     "phi",
     "presyn",
@@ -90,23 +93,29 @@ def presyn(
     state: PresynState | None = None,
     *,
     closed: int | Tensor | None = None,
+    doc: Tensor | None = None,
+    noise: ReleaseNoise | None = None,
+    record: dict[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, PresynState]:
-    """Run every terminal over N ticks, elementwise per (b, h, j) and sequential over n only.
+    """Run every terminal over N ticks, elementwise per (b, h, j) and sequential over n (lateral inhibition looks across j).
 
     Args:
         drive: [B, H, N, Tk] mean drive I per token of each tick (U / c), >= 0.
         state: terminals at the start of the first tick, with what that tick has collected before this call; None: at rest.
         closed: how many of the N ticks end inside this call, common or one per row [B] (None: all of them).
+        doc: [B, >= Tk] document id per key; lateral inhibition stays inside a document.
+        noise: draws for stochastic release with `params.sampler`; its first_tick is the absolute index of the first tick here.
+        record: a dictionary to fill with the course of the terminals, [B, H, N, Tk] each: the state at the start of every tick
+            (calcium, vesicles and the optional parts that exist), bias, and what was released during it.
 
     Returns:
         beta [B, H, N, Tk], the bias of each tick from the state at its start, and the state at the start of the tick that
         is left open, with the drive collected in it. Differentiable in drive, params and state.
     """
-    chosen = _choose("presyn", backend, "rows close different numbers of ticks" if isinstance(closed, Tensor) else None)
-    if chosen == "sdpa":
-        return portable.presyn(drive, params, state, closed)
-    return reference.presyn(drive, params, state, closed)
+    obstacle = "rows close different numbers of ticks" if isinstance(closed, Tensor) else None
+    execution = portable if _choose("presyn", backend, obstacle) == "sdpa" else reference
+    return execution.presyn(drive, params, state, closed, doc=doc, noise=noise, record=record)
 
 
 def tick_biased_attention(

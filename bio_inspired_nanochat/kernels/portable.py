@@ -1,7 +1,8 @@
-"""The `sdpa` backend: the three operators from PyTorch's own fast parts, on any device, without a custom kernel.
+"""The `sdpa` backend: the three operators from PyTorch's own fast parts, on any device.
 
 tick_drive walks the queries in blocks and recomputes the logits in its backward, so no T x T tensor outlives a block.
-presyn evaluates everything elementwise over all ticks at once and leaves only two linear recurrences sequential.
+presyn is one generated Triton kernel on CUDA; elsewhere the core evaluates everything elementwise over all ticks at once and
+leaves only two linear recurrences sequential.
 tick_biased_attention adds the bias inside scaled_dot_product_attention by a one-hot tick augmentation:
 q' = [q, onehot(n)], k' = [k, beta / scale], in blocks of queries whose ticks fit beside the head.
 
@@ -11,15 +12,19 @@ Dimensions: B batch, H query heads, T tokens (Tq queries, Tk keys), N ticks, D h
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bio_inspired_nanochat.kernels import reference
 from bio_inspired_nanochat.kernels.masks import QStart, allowed, local_ticks, num_ticks, query_positions
-from bio_inspired_nanochat.kernels.reference import bias_of, calcium_step, expand_heads, phi, pool_step, release_logit
-from bio_inspired_nanochat.kernels.scan import linear_scan
+from bio_inspired_nanochat.kernels.noise import ReleaseNoise
+from bio_inspired_nanochat.kernels.reference import expand_heads, phi
+from bio_inspired_nanochat.kernels.scan import linear_scan, on_triton
+from bio_inspired_nanochat.kernels.terminal import calcium_step, pool_step, release_logit, terminal_bias, terminal_step
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 DRIVE_TICKS = 32
@@ -127,27 +132,88 @@ def tick_drive(
     return _Drive.apply(q, expand_heads(k, q.shape[1]), theta, tick, scale, q_start, window, doc, kind)
 
 
-def presyn(drive: Tensor, p: PresynParams, state: PresynState | None, closed: int | None = None) -> tuple[Tensor, PresynState]:
-    """See `kernels.presyn`; takes a common number of closed ticks of all rows."""
+def presyn(
+    drive: Tensor,
+    p: PresynParams,
+    state: PresynState | None,
+    closed: int | None = None,
+    *,
+    doc: Tensor | None = None,
+    noise: ReleaseNoise | None = None,
+    record: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, PresynState]:
+    """See `kernels.presyn`; takes a common number of closed ticks of all rows.
+
+    On CUDA a generated kernel runs every set of parts. Elsewhere the core alone is two linear scans over ticks, and what
+    has optional parts or noise runs as the reference does.
+    """
     batch, heads, ticks, keys = drive.shape
-    state = state or PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype)
+    state = state or PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype, params=p)
     closed = ticks if closed is None else closed
+    if ticks and on_triton(drive) and _presyn_triton().obstacle(p, noise, drive) is None:
+        return _presyn_kernel(drive, p, state, closed, doc, noise, record)
+    if not p.core or noise is not None:
+        return reference.presyn(drive, p, state, closed, doc=doc, noise=noise, record=record)
+    return _presyn_core(drive, p, state, closed, record)
+
+
+def _presyn_triton() -> ModuleType:
+    from bio_inspired_nanochat.kernels import presyn_triton  # imported late: a machine without Triton never gets here
+
+    return presyn_triton
+
+
+def _presyn_kernel(
+    drive: Tensor,
+    p: PresynParams,
+    state: PresynState,
+    closed: int,
+    doc: Tensor | None,
+    noise: ReleaseNoise | None,
+    record: dict[str, Tensor] | None,
+) -> tuple[Tensor, PresynState]:
+    """Ticks that end here advance the state; a tick left open is one more run whose end is thrown away."""
+    run = _presyn_triton().run
+    drive = torch.cat([drive[:, :, :1] + state.open_drive[:, :, None], drive[:, :, 1:]], dim=2)
+    recorded = [name for name in reference.RECORDED if getattr(state, name) is not None]
+    outputs = ["bias", *(["activity"] if p.lateral_strength is not None else []), *([*recorded, "released"] if record is not None else [])]
+    pieces = []
+    if closed:
+        made, state = run(drive[:, :, :closed], p, state, outputs, noise)
+        pieces.append(made)
+    if closed < drive.shape[2]:
+        later = None if noise is None else noise.at(noise.layer, noise.first_tick + closed)
+        pieces.append(run(drive[:, :, closed:], p, state, outputs, later)[0])
+        state = state._replace(open_drive=drive[:, :, closed])
+    else:
+        state = state._replace(open_drive=torch.zeros_like(state.open_drive))
+    made = pieces[0] if len(pieces) == 1 else {name: torch.cat([piece[name] for piece in pieces], dim=2) for name in outputs}
+    if p.lateral_strength is not None:
+        made["bias"] = made["bias"] - reference.neighbours(made.pop("activity"), p.broadcast(2), doc)
+    if record is not None:
+        record |= made
+    return made["bias"], state
+
+
+def _presyn_core(
+    drive: Tensor, p: PresynParams, state: PresynState, closed: int, record: dict[str, Tensor] | None
+) -> tuple[Tensor, PresynState]:
+    ticks = drive.shape[2]
     if ticks:
         drive = torch.cat([drive[:, :, :1] + state.open_drive[:, :, None], drive[:, :, 1:]], dim=2)
-    decay, influx = (value[:, None] for value in calcium_step(p))
-    calcium = linear_scan(decay.expand(batch, heads, ticks, 1), influx * drive, state.calcium)
-    by_tick = _with_tick_axis(p)
-    logit = release_logit(calcium, by_tick)
-    pool_decay, pool_target = pool_step(drive, logit[:, :, :-1], by_tick)
+    p = p.broadcast(2)
+    decay, influx = calcium_step(p)
+    calcium = linear_scan(decay.expand(*drive.shape[:3], 1), influx * drive, state.calcium)
+    course = PresynState(calcium[:, :, :-1], calcium[:, :, :-1], drive)  # the pool follows below; neither logit nor rates read it
+    logit = release_logit(course, p)
+    pool_decay, pool_target, _ = pool_step(p.release_rate * torch.sigmoid(logit) * drive, 1 / p.tau_rrp, p)
     vesicles = linear_scan(pool_decay, pool_target * (1 - pool_decay), state.vesicles)
-    beta = bias_of(calcium[:, :, :-1], vesicles[:, :, :-1], by_tick, logit[:, :, :-1])
+    course = course._replace(vesicles=vesicles[:, :, :-1])
+    beta = terminal_bias(course, p, logit)
+    if record is not None:
+        record |= {"calcium": course.calcium, "vesicles": course.vesicles, "bias": beta, "released": terminal_step(course, drive, p)[1]}
     left = drive[:, :, closed] if closed < ticks else torch.zeros_like(state.open_drive)
     return beta, PresynState(calcium[:, :, closed], vesicles[:, :, closed], left)
-
-
-def _with_tick_axis(p: PresynParams) -> PresynParams:
-    """The same parameters with tensors [H, 1], so that `[:, None]` broadcasts against [B, H, N, Tk]."""
-    return PresynParams(*[value[:, None] if isinstance(value, Tensor) else value for value in p])
 
 
 def tick_biased_attention(

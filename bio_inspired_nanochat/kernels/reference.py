@@ -1,5 +1,7 @@
 """The definition of the three operators in plain differentiable PyTorch. Every other execution is tested against this file.
 
+The biology of one terminal is in `kernels.terminal`; here it runs over ticks and keys.
+
 Dimensions: B batch, H query heads, Hkv key heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
 """
 
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bio_inspired_nanochat.kernels.masks import QStart, allowed, local_ticks, num_ticks, query_positions
+from bio_inspired_nanochat.kernels.noise import ReleaseNoise, sampled_probability
+from bio_inspired_nanochat.kernels.terminal import activity, release_logit, terminal_bias, terminal_step
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 
@@ -54,93 +58,92 @@ def tick_drive(
     return total.scatter_add(2, ticks[:, None, :, None].expand_as(drive), drive)
 
 
-def release_logit(calcium: Tensor, p: PresynParams) -> Tensor:
-    """Logit of the release probability: a * syt(C) + b0 with the sensors' Hill curves C / (C + K)."""
-    fast = calcium / (calcium + p.k_fast[:, None])
-    if p.syt_mix is None or p.k_slow is None:
-        syt = fast
-    else:
-        syt = p.syt_mix[:, None] * fast + (1 - p.syt_mix[:, None]) * calcium / (calcium + p.k_slow[:, None])
-    return p.syt_gain[:, None] * syt + p.release_bias[:, None]
+def neighbours(activity: Tensor, p: PresynParams, doc: Tensor | None) -> Tensor:
+    """Septin lateral inhibition: s_L times the mean activity of the `lateral_window` older keys, [..., Tk].
 
-
-def log_pool(vesicles: Tensor, epsilon: float) -> Tensor:
-    """l(x) = log((x + eps) / (1 + eps)): zero for a full pool, finite slope at an empty one."""
-    return torch.log((vesicles + epsilon) / (1 + epsilon))
-
-
-def presyn_bias(state: PresynState, p: PresynParams) -> Tensor:
-    """beta [..., H, Tk] = g_f log(p / p_rest) + g_d l(R), limited smoothly to +-beta_max; 0 for a rested terminal."""
-    return bias_of(state.calcium, state.vesicles, p)
-
-
-def bias_of(calcium: Tensor, vesicles: Tensor, p: PresynParams, logit: Tensor | None = None) -> Tensor:
-    """`presyn_bias` from its two ingredients, [..., H, Tk] each; `logit` saves a second release_logit(calcium)."""
-    logit = release_logit(calcium, p) if logit is None else logit
-    facilitation = F.logsigmoid(logit) - F.logsigmoid(p.release_bias)[:, None]
-    beta = p.gain_release[:, None] * facilitation + p.gain_depletion[:, None] * log_pool(vesicles, p.epsilon)
-    return p.beta_max * torch.tanh(beta / p.beta_max) if p.beta_max > 0 else beta
-
-
-def pool_step(drive: Tensor, logit: Tensor, p: PresynParams) -> tuple[Tensor, Tensor]:
-    """Decay e and target R_inf of the pool over one tick: R+ = R_inf + (R - R_inf) e.
-
-    lambda = u p I + 1/tau_rrp, e = exp(-c lambda), R_inf = 1 / (tau_rrp lambda): exact for constant p and I, with release
-    and refill acting together (the rate form of Tsodyks and Markram, 1997).
+    activity: [B, H, Tk] or [B, H, N, Tk]; p.lateral_strength broadcasts against it; doc: [B, >= Tk], only keys of one document.
     """
-    refill = 1 / p.tau_rrp[:, None]
-    rate = p.release_rate[:, None] * torch.sigmoid(logit) * drive + refill
-    return torch.exp(-p.tick * rate), refill / rate
+    total = torch.zeros_like(activity)
+    for distance in range(1, min(p.lateral_window, activity.shape[-1] - 1) + 1):
+        older = activity[..., :-distance]
+        if doc is not None:
+            keys = doc[:, : activity.shape[-1]]
+            same = keys[:, distance:] == keys[:, :-distance]
+            older = older * same.view(same.shape[0], *[1] * (activity.ndim - 2), same.shape[1])
+        total = total + F.pad(older, (distance, 0))
+    return p.lateral_strength * total / p.lateral_window
 
 
-def calcium_step(p: PresynParams) -> tuple[Tensor, Tensor]:
-    """Decay and influx of calcium over one tick, [H, 1] each: C+ = decay C + influx I, exact for constant I."""
-    decay = torch.exp(-p.tick / p.tau_c)
-    return decay[:, None], ((1 - decay) * p.tau_c * p.alpha_ca)[:, None]
+def presyn_bias(state: PresynState, p: PresynParams, doc: Tensor | None = None) -> Tensor:
+    """beta [B, H, Tk] of terminals in `state`: `terminal_bias` less the inhibition by older neighbours."""
+    p = p.broadcast(1)
+    beta = terminal_bias(state, p)
+    return beta if p.lateral_strength is None else beta - neighbours(activity(state, p), p, doc)
 
 
-def presyn_step(state: PresynState, drive: Tensor, p: PresynParams) -> PresynState:
-    """Advance every terminal by one tick under a mean drive I = `drive` [B, H, Tk] >= 0."""
-    decay, influx = calcium_step(p)
-    pool_decay, pool_target = pool_step(drive, release_logit(state.calcium, p), p)
-    return PresynState(
-        calcium=decay * state.calcium + influx * drive,
-        vesicles=pool_target + (state.vesicles - pool_target) * pool_decay,
-        open_drive=torch.zeros_like(drive),
-    )
+def presyn_step(
+    state: PresynState, drive: Tensor, p: PresynParams, noise: ReleaseNoise | None = None, tick: int = 0
+) -> tuple[PresynState, Tensor]:
+    """Advance every terminal by one tick under a mean drive I [B, H, Tk] >= 0: the next state and what was released."""
+    p = p.broadcast(1)
+    probability = None
+    if noise is not None and p.sampler is not None:
+        probability = sampled_probability(release_logit(state, p), tick, noise, p.sampler)
+    return terminal_step(state, drive, p, probability)
 
 
 def released(state: PresynState, drive: Tensor, p: PresynParams) -> Tensor:
     """Vesicles released during one tick, [B, H, Tk], as a fraction of the full pool: the integral of u p I R(t)."""
-    logit = release_logit(state.calcium, p)
-    use = p.release_rate[:, None] * torch.sigmoid(logit) * drive
-    rate = use + 1 / p.tau_rrp[:, None]
-    pool_decay, pool_target = pool_step(drive, logit, p)
-    return use * (p.tick * pool_target + (state.vesicles - pool_target) * (1 - pool_decay) / rate)
+    return presyn_step(state, drive, p)[1]
 
 
-def presyn(drive: Tensor, p: PresynParams, state: PresynState | None, closed: int | Tensor | None = None) -> tuple[Tensor, PresynState]:
+def presyn(
+    drive: Tensor,
+    p: PresynParams,
+    state: PresynState | None,
+    closed: int | Tensor | None = None,
+    *,
+    doc: Tensor | None = None,
+    noise: ReleaseNoise | None = None,
+    record: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, PresynState]:
     """Run the terminals over the ticks of `drive` [B, H, N, Tk]; shapes as in `kernels.presyn`."""
     batch, heads, ticks, keys = drive.shape
     if state is None:
-        state = PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype)
+        state = PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype, params=p)
     if closed is None:
         closed = ticks
-    biases = []
+    biases, states, releases = [], [], []
     for n in range(ticks):
-        biases.append(presyn_bias(state, p))
+        biases.append(presyn_bias(state, p, doc))
+        states.append(state)
         collected = drive[:, :, n] + state.open_drive
-        ahead = presyn_step(state, collected, p)
+        ahead, freed = presyn_step(state, collected, p, noise, n)
+        releases.append(freed)
         if isinstance(closed, int):
             state = ahead if n < closed else state._replace(open_drive=collected)
         else:
-            done = (n < closed.to(drive.device))[:, None, None]
-            state = PresynState(
-                torch.where(done, ahead.calcium, state.calcium),
-                torch.where(done, ahead.vesicles, state.vesicles),
-                torch.where(done, 0.0, collected),
-            )
+            done = n < closed.to(drive.device)
+            parts = {
+                name: torch.where(done.view(-1, *[1] * (new.ndim - 1)), new, old)
+                for (name, new), old in zip(ahead.parts().items(), state.parts().values(), strict=True)
+            }
+            state = PresynState(**parts)._replace(open_drive=torch.where(done[:, None, None], 0.0, collected))
+    if record is not None:
+        fill_record(record, states, biases, releases)
     return torch.stack(biases, dim=2), state
+
+
+RECORDED = ("calcium", "vesicles", "buffer", "clamp", "primed", "reserve", "energy")
+
+
+def fill_record(record: dict[str, Tensor], states: list[PresynState], biases: list[Tensor], releases: list[Tensor]) -> None:
+    """Add the course of the terminals over the ticks, [B, H, N, Tk] each: states at the start of a tick, bias, release in it."""
+    for name in RECORDED:
+        if getattr(states[0], name) is not None:
+            record[name] = torch.stack([getattr(state, name) for state in states], dim=2)
+    record["bias"] = torch.stack(biases, dim=2)
+    record["released"] = torch.stack(releases, dim=2)
 
 
 def tick_biased_attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _on_triton(x: Tensor) -> bool:
+def on_triton(x: Tensor) -> bool:
     """Whether the Triton execution takes this tensor: CUDA, or anything under Triton's interpreter (float32 only)."""
     return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -38,7 +38,7 @@ def running_sum(x: Tensor) -> Tensor:
 
 
 def _linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    if _on_triton(b):
+    if on_triton(b):
         from bio_inspired_nanochat.kernels import scan_triton  # imported late: a machine without Triton never gets here
 
         return scan_triton.scan(a, b, start)
@@ -62,7 +62,7 @@ def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 @torch.library.custom_op("bio_inspired_nanochat::linear_scan_adjoint", mutates_args=())
 def linear_scan_adjoint(a: Tensor, grad: Tensor) -> Tensor:
     """Adjoint of the scan's states, [B, H, N+1, Tk]: g[n] = grad[n] + a[n] g[n+1]."""
-    if _on_triton(grad):
+    if on_triton(grad):
         from bio_inspired_nanochat.kernels import scan_triton
 
         return scan_triton.adjoint(a, grad)

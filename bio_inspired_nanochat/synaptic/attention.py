@@ -24,9 +24,20 @@ from bio_inspired_nanochat.kernels import (
 )
 from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
-from bio_inspired_nanochat.synaptic.state import Chunk, LayerState
+from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
 
-PRESYN_FIELDS = ("calcium", "vesicles", "open_drive")
+# What a terminal keeps between ticks, by mechanism.
+STATE_OF = {
+    "presyn": ("calcium", "vesicles", "open_drive", "beta"),
+    "buffer": ("buffer",),
+    "clamp_dynamics": ("clamp",),
+    "priming": ("primed", "spent"),
+    "reserve": ("reserve", "resynthesis"),
+    "endocytosis": ("ring",),
+    "rab": ("early", "late"),
+    "energy": ("energy",),
+    "barrier_gated": ("barrier",),
+}
 
 
 class SynapticCausalSelfAttention(CausalSelfAttention):
@@ -35,23 +46,22 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.cfg = config.syn_cfg
-        self.state_fields |= {*PRESYN_FIELDS, "beta"} if self.cfg.presyn else set()
-        self.state_fields |= {"barrier"} if self.cfg.barrier == "gated" else set()
         self.synapse = Presynaptic(config)
+        self.state_fields |= {name for mechanism, names in STATE_OF.items() if mechanism in self.synapse.on for name in names}
 
-    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
         """Attention output [B, H, T, D] for whole sequences, terminals starting at rest."""
         tokens = q.shape[2]
         beta = None
         if self.cfg.presyn:
-            drive = self._drive(q, k, window=self.window, doc=doc)
-            beta, _ = presyn(drive, self.synapse.params(), closed=tokens // self.tick, backend=self.backend)
+            drive = self._drive(q, k, window=self.window, doc=extras.doc)
+            beta, _ = presyn(drive, self.synapse.params(), closed=tokens // self.tick, backend=self.backend, **extras._asdict())
         if self.cfg.barrier != "none":
             total = running_sum(self.synapse.barrier_cost(x)) if self.cfg.barrier == "gated" else None
             first = torch.arange(0, tokens, self.tick, device=x.device)[None]
             barrier = self.synapse.barrier_bias(total, first, tokens)
             beta = barrier if beta is None else beta + barrier
-        return self._biased(q, k, v, beta, doc=doc)
+        return self._biased(q, k, v, beta, doc=extras.doc)
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""
@@ -82,13 +92,19 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         closed = chunk.closed(self.tick, q.device)
         if chunk.size == 1 and isinstance(closed, int) and closed == 0:
             state.open_drive[:, :, :stop] += drive[:, :, 0]
+            if params.lateral_strength is not None:  # a key born after the tick began has neighbours too
+                return presyn_bias(self._terminals(state, stop), params, chunk.doc)[:, :, None]
             return state.beta[:, :, None, :stop]
-        before = PresynState(*[getattr(state, name)[:, :, :stop] for name in PRESYN_FIELDS])
-        beta, after = presyn(drive, params, before, closed=closed, backend=self.backend)
-        for name, value in zip(PRESYN_FIELDS, after, strict=True):
+        before = self._terminals(state, stop)
+        noise = None if chunk.noise is None else chunk.noise.at(self.layer, chunk.start // self.tick)
+        beta, after = presyn(drive, params, before, closed=closed, doc=chunk.doc, noise=noise, backend=self.backend)
+        for name, value in after.parts().items():
             getattr(state, name)[:, :, :stop] = value
-        state.beta[:, :, :stop] = presyn_bias(after, params)
+        state.beta[:, :, :stop] = presyn_bias(after, params, chunk.doc)
         return beta
+
+    def _terminals(self, state: LayerState, stop: int) -> PresynState:
+        return PresynState(**{name: getattr(state, name)[:, :, :stop] for name in PresynState._fields if name in self.state_fields})
 
     def _barrier_step(self, x: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Extend the running cost of the gate and return the barrier's bias [B, H, N, stop]."""
@@ -112,7 +128,9 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         shape = (batch, self.n_head, length)
         kinetic = torch.promote_types(dtype, torch.float32)
         if self.cfg.presyn:
-            state.calcium, state.vesicles, state.open_drive = PresynState.rest(*shape, device=device, dtype=kinetic)
+            rest = PresynState.rest(*shape, device=device, dtype=kinetic, params=self.synapse.params())
+            for name, value in rest.parts().items():
+                setattr(state, name, value)
             state.beta = torch.zeros(shape, device=device, dtype=kinetic)
         if self.cfg.barrier == "gated":
             state.barrier = torch.zeros(shape, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)

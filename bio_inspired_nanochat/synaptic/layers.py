@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import tick_biased_attention
-from bio_inspired_nanochat.synaptic.state import Chunk, LayerState
+from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
 
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
@@ -76,14 +76,14 @@ class CausalSelfAttention(nn.Module):
         q, k = (rms_norm(apply_rotary(side, cos_sin)) * QK_SCALE for side in (q, k))
         return q, k, v
 
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None = None, doc: Tensor | None = None) -> Tensor:
-        """Whole sequences from position 0: x [B, T, n_embd] to [B, T, n_embd]; doc [B, T] keeps documents apart."""
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, extras: Extras) -> Tensor:
+        """Whole sequences from position 0: x [B, T, n_embd] to [B, T, n_embd]."""
         q, k, v = self.project(x, cos_sin, value_embed)
-        return self._merge(self.attend(x, q, k, v, doc))
+        return self._merge(self.attend(x, q, k, v, extras))
 
-    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, doc: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
         """Attention output [B, H, T, D] for whole sequences."""
-        return tick_biased_attention(q, k, v, None, self.tick, self.scale, window=self.window, doc=doc, backend=self.backend)
+        return tick_biased_attention(q, k, v, None, self.tick, self.scale, window=self.window, doc=extras.doc, backend=self.backend)
 
     def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state: LayerState, chunk: Chunk) -> Tensor:
         """The next chunk of every sequence: x [B, t, n_embd]; keys, values and synapses in `state` advance in place."""

@@ -15,73 +15,149 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
-from bio_inspired_nanochat.kernels import PresynParams
+from bio_inspired_nanochat.kernels import PresynParams, ReleaseSampler
+from bio_inspired_nanochat.registry import active_mechanisms
+from bio_inspired_nanochat.synaptic.genome import Proteins, Xi
 
-POSITIVE = ("tau_c", "tau_rrp", "alpha_ca", "syt_fast_kd", "syt_gain", "release_rate")
-GAINS = ("gain_release", "gain_depletion", "barrier_strength")
+# Kinetic constants of each mechanism that stay positive, and those that may have either sign (stored as an offset).
+POSITIVE: dict[str, tuple[str, ...]] = {
+    "presyn": ("tau_c", "tau_rrp", "alpha_ca", "syt_fast_kd", "syt_gain", "release_rate"),
+    "slow_sensor": ("syt_slow_kd",),
+    "buffer": ("tau_buf", "buf_kd"),
+    "doc2": ("doc2_gain", "doc2_threshold", "async_rate"),
+    "clamp_dynamics": ("complexin_bias", "tau_clamp", "clamp_release"),
+    "priming": ("tau_prime", "tau_nsf", "prime_use", "priming_gain"),
+    "reserve": ("reserve_size", "mobilisation", "tau_syn"),
+    "rab": ("tau_rab5", "tau_rab7"),
+    "energy": ("tau_energy", "energy_cost_rel", "energy_cost_pump"),
+    "quantal": ("quantal_slope",),
+}
+OFFSETS: dict[str, tuple[str, ...]] = {"presyn": ("theta", "release_bias"), "slow_sensor": ("syt_mix",), "endocytosis": ("rec_rate",)}
+# Output gains: learned directly whatever the genome, and all zero in a model that computes vanilla attention.
+GAIN_OF: dict[str, tuple[str, ...]] = {
+    "presyn": ("gain_release", "gain_depletion"),
+    "priming": ("gain_priming",),
+    "quantal": ("gain_quantal",),
+    "lateral": ("lateral_strength",),
+}
+GAINS = (*(name for names in GAIN_OF.values() for name in names), "barrier_strength")
 THETA_LOW, THETA_HIGH = -3.0, 2.8  # with QK norm about a tenth of the pairs lies above THETA_HIGH - 1 at birth
 UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
 GATE_BIAS = 4.0
 
 
+def _of(table: dict[str, tuple[str, ...]], on: set[str]) -> list[str]:
+    return [name for mechanism, names in table.items() if mechanism in on for name in names]
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
 class Presynaptic(nn.Module):
-    """Kinetics, gains and barrier per query head. Parameters are [H]; `gate` maps the block input to a gate per head."""
+    """Kinetics, gains and barrier per query head. Parameters are [H]; `gate` maps the block input to a gate per head.
+
+    genome `direct`: every constant is a parameter of its own; `xi`: all constants are decoded from one small vector per head;
+    `proteins`: they follow from the levels of 16 proteins per head.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         cfg, heads = config.syn_cfg, config.n_head
         self.cfg = cfg
-        self.two_sensors = cfg.presyn and cfg.syt_mix < 1.0
-        if cfg.presyn:
-            names = [*POSITIVE, "theta", "release_bias", "gain_release", "gain_depletion"]
-            names += ["syt_slow_kd", "syt_mix"] if self.two_sensors else []
-            for name in names:
+        on = set(active_mechanisms(cfg))
+        self.positive, self.shifted = _of(POSITIVE, on), _of(OFFSETS, on)
+        if {"energy", "priming"} <= on:
+            self.positive.append("energy_cost_prime")
+        kinetic = [*self.positive, *self.shifted]
+        self.genome: nn.Module | None = None
+        if cfg.presyn and cfg.genome == "xi":
+            self.genome = Xi(heads, cfg.xi_dim, kinetic)
+        elif cfg.presyn and cfg.genome == "proteins":
+            self.genome = Proteins(heads)
+        else:
+            for name in kinetic:
                 setattr(self, name, nn.Parameter(torch.empty(heads)))
+        self.gain_names = {name: "gain_release" if cfg.tied_gains and name.startswith("gain_") else name for name in _of(GAIN_OF, on)}
+        for name in dict.fromkeys(self.gain_names.values()):
+            setattr(self, name, nn.Parameter(torch.empty(heads)))
         if cfg.barrier != "none":
             self.barrier_strength = nn.Parameter(torch.empty(heads))
         if cfg.barrier == "gated":
             self.gate_weight = nn.Parameter(torch.empty(heads, config.n_embd))
             self.gate_bias = nn.Parameter(torch.empty(heads))
+        self.on = frozenset(on)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Values at birth; they do not depend on a seed."""
-        birth = {"gain_release": self.cfg.lambda_loge, "barrier_strength": self.cfg.barrier_strength, "gate_bias": GATE_BIAS}
-        birth |= dict.fromkeys((*POSITIVE, "syt_slow_kd"), UNIT)
-        for name, parameter in self.named_parameters():
+        birth = {"gain_release": self.cfg.lambda_loge, "gate_bias": GATE_BIAS} | dict.fromkeys(self.positive, UNIT)
+        birth |= {name: getattr(self.cfg, name) for name in ("barrier_strength", "lateral_strength")}
+        for name, parameter in self.named_parameters(recurse=False):
             parameter.fill_(birth.get(name, 0.0))
+        if self.genome is not None:
+            self.genome.init_weights()
 
-    def _positive(self, name: str) -> Tensor:
-        return getattr(self.cfg, name) * F.softplus(getattr(self, name))
+    def _raw(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the genome says: stored values by name, and effects (log factor of a positive constant, shift of another)."""
+        gains = next(parameter for name, parameter in self.named_parameters(recurse=False) if name in GAINS)
+        if isinstance(self.genome, Xi):
+            offsets = self.genome.offsets()
+            return {name: offsets[name] + (UNIT if name in self.positive else 0.0) for name in offsets}, {}
+        if isinstance(self.genome, Proteins):
+            unit, zero = torch.full_like(gains, UNIT), torch.zeros_like(gains)
+            return {**dict.fromkeys(self.positive, unit), **dict.fromkeys(self.shifted, zero)}, self.genome.effects()
+        return {name: getattr(self, name) for name in (*self.positive, *self.shifted)}, {}
 
-    def theta_value(self) -> Tensor:
-        """Drive threshold [H], kept inside (THETA_LOW, THETA_HIGH)."""
-        span = THETA_HIGH - THETA_LOW
-        share = (self.cfg.theta - THETA_LOW) / span
-        return THETA_LOW + span * torch.sigmoid(self.theta * 4 / span + math.log(share / (1 - share)))
+    def _values(self) -> dict[str, Tensor]:
+        """Every kinetic constant [H] but theta, in its own unit and inside its stable range; differentiable."""
+        raw, effects = self._raw()
+        values = {}
+        for name in self.positive:
+            values[name] = getattr(self.cfg, name) * F.softplus(raw[name])
+            if name in effects:
+                values[name] = values[name] * torch.exp(effects[name])
+        shift = {name: raw[name] + effects.get(name, 0.0) for name in self.shifted}
+        values["release_bias"] = self.cfg.release_bias + shift["release_bias"] - self._rest_clamp(values, effects)
+        for name in ("syt_mix", "rec_rate"):
+            if name in shift:
+                values[name] = torch.sigmoid(shift[name] + _logit(getattr(self.cfg, name)))
+        return values
+
+    def _rest_clamp(self, values: dict[str, Tensor], effects: dict[str, Tensor]) -> Tensor | float:
+        """Complexin's hold on the release logit of a rested terminal."""
+        if "clamp_dynamics" in self.on:
+            return values["complexin_bias"]
+        return self.cfg.complexin_bias * torch.exp(effects["complexin_bias"]) if "complexin_bias" in effects else self.cfg.complexin_bias
 
     def params(self) -> PresynParams:
         """The kinetics as the operators take them; differentiable."""
-        cfg, slow_kd, mix = self.cfg, None, None
-        if self.two_sensors:
-            slow_kd = self._positive("syt_slow_kd")
-            mix = torch.sigmoid(self.syt_mix + math.log(cfg.syt_mix / (1 - cfg.syt_mix)))
+        cfg, values = self.cfg, self._values()
+        gains = {name: getattr(self, stored) for name, stored in self.gain_names.items()}
+        optional = {name: values[name] for name in PresynParams._fields if name in values}
+        sampler = None
+        if "stochastic" in self.on:
+            count = cfg.stochastic_count_cap * cfg.tick
+            sampler = ReleaseSampler(cfg.stochastic_train_frac, cfg.stochastic_mode, cfg.stochastic_tau, count)
         return PresynParams(
             tick=cfg.tick,
-            tau_c=self._positive("tau_c"),
-            tau_rrp=self._positive("tau_rrp"),
-            alpha_ca=self._positive("alpha_ca"),
-            k_fast=self._positive("syt_fast_kd"),
-            k_slow=slow_kd,
-            syt_mix=mix,
-            syt_gain=self._positive("syt_gain"),
-            release_bias=cfg.release_bias + self.release_bias,
-            release_rate=self._positive("release_rate"),
-            gain_release=self.gain_release,
-            gain_depletion=self.gain_depletion,
+            k_fast=values["syt_fast_kd"],
+            k_slow=values.get("syt_slow_kd"),
             beta_max=cfg.beta_max,
             epsilon=cfg.epsilon,
+            complexin=values.get("complexin_bias"),
+            endo_slots=max(1, round(cfg.endo_delay / cfg.tick)) if "endocytosis" in self.on else 0,
+            lateral_window=cfg.lateral_window if "lateral" in self.on else 0,
+            sampler=sampler,
+            **{"syt_mix": None} | optional | gains,
         )
+
+    def theta_value(self) -> Tensor:
+        """Drive threshold [H], kept inside (THETA_LOW, THETA_HIGH)."""
+        raw, effects = self._raw()
+        span = THETA_HIGH - THETA_LOW
+        shift = raw["theta"] + effects.get("theta", 0.0)
+        return THETA_LOW + span * torch.sigmoid(shift * 4 / span + _logit((self.cfg.theta - THETA_LOW) / span))
 
     def strength(self) -> Tensor:
         """Barrier strength s_B [H] >= 0, with a straight-through gradient at the bound."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.kernels import ReleaseNoise
 
 
 @dataclass
 class LayerState:
     """State of one layer. k, v: [B, Hkv, L, D] cache; the synaptic tensors are None in a vanilla layer.
 
-    calcium, vesicles, open_drive: [B, H, L] terminals at the start of the open tick and the drive it has collected;
+    calcium to energy: [B, H, L] (ring: [B, H, L, d]) terminals at the start of the open tick, as in `kernels.PresynState`;
     beta: [B, H, L] bias of the open tick (before the barrier); barrier: [B, H, L] float64 running sum of the gate's costs.
     """
 
@@ -30,6 +32,16 @@ class LayerState:
     calcium: Tensor | None = None
     vesicles: Tensor | None = None
     open_drive: Tensor | None = None
+    buffer: Tensor | None = None
+    clamp: Tensor | None = None
+    primed: Tensor | None = None
+    spent: Tensor | None = None
+    reserve: Tensor | None = None
+    ring: Tensor | None = None
+    early: Tensor | None = None
+    late: Tensor | None = None
+    resynthesis: Tensor | None = None
+    energy: Tensor | None = None
     beta: Tensor | None = None
     barrier: Tensor | None = None
 
@@ -38,13 +50,25 @@ class LayerState:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
+class Extras(NamedTuple):
+    """What a pass over whole sequences hands to a layer beside its input.
+
+    doc: [B, T] document id per position, or None; noise: this layer's draws of stochastic release, or None;
+    record: a dictionary for the layer to fill with the course of its terminals, or None.
+    """
+
+    doc: Tensor | None = None
+    noise: ReleaseNoise | None = None
+    record: dict[str, Tensor] | None = None
+
+
 @dataclass
 class Chunk:
     """Where a chunk of new tokens sits: what every layer of one `step` shares.
 
     starts: position of the first new token of each row; lengths: real tokens per row (the rest is right padding);
     start: the common start, or a tensor [B] when the rows differ; stop: one past the last written position of any row;
-    doc: [B, stop] document id per position, or None.
+    doc: [B, stop] document id per position, or None; noise: draws of stochastic release, or None.
     """
 
     starts: list[int]
@@ -53,6 +77,7 @@ class Chunk:
     start: int | Tensor
     stop: int
     doc: Tensor | None = None
+    noise: ReleaseNoise | None = None
 
     @classmethod
     def of(cls, starts: list[int], lengths: list[int], size: int, device: torch.device) -> Chunk:
@@ -90,14 +115,16 @@ class Chunk:
 class SynapseState:
     """KV cache and all synapse state of B sequences. `pos` [B] counts the tokens that each has read (kept on the CPU).
 
-    doc: [B, L] document id per position, when the model keeps documents apart. A state belongs to its sequences alone:
-    nothing in it is shared with the model or with another state.
+    doc: [B, L] document id per position, when the model keeps documents apart; noise_key: [B, 2] key of each sequence's random
+    release, when it is wanted. A state belongs to its sequences alone: nothing in it is shared with the model or with
+    another state.
     """
 
     pos: Tensor
     layers: list[LayerState]
     max_len: int
     doc: Tensor | None = None
+    noise_key: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -106,7 +133,8 @@ class SynapseState:
 
     def _map(self, change) -> SynapseState:
         layers = [LayerState(**{name: change(value) for name, value in layer.tensors().items()}) for layer in self.layers]
-        return SynapseState(change(self.pos), layers, self.max_len, None if self.doc is None else change(self.doc))
+        doc, key = (None if value is None else change(value) for value in (self.doc, self.noise_key))
+        return SynapseState(change(self.pos), layers, self.max_len, doc, key)
 
     def clone(self) -> SynapseState:
         """An independent copy."""
@@ -133,11 +161,13 @@ class SynapseState:
         for group in zip(*(state.layers for state in states), strict=True):
             layers.append(LayerState(**{name: torch.cat([layer.tensors()[name] for layer in group]) for name in group[0].tensors()}))
         doc = None if first.doc is None else torch.cat([state.doc for state in states])
-        return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc)
+        key = None if first.noise_key is None else torch.cat([state.noise_key for state in states])
+        return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc, key)
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file."""
-        tensors = {"pos": self.pos} | ({} if self.doc is None else {"doc": self.doc})
+        tensors = {"pos": self.pos, "doc": self.doc, "noise_key": self.noise_key}
+        tensors = {name: value for name, value in tensors.items() if value is not None}
         for index, layer in enumerate(self.layers):
             tensors |= {f"layers.{index}.{name}": value for name, value in layer.tensors().items()}
         meta = {"format": "bio_inspired_nanochat.state", "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
@@ -159,14 +189,14 @@ class SynapseState:
         for index in range(shape["layers"]):
             prefix = f"layers.{index}."
             layers.append(LayerState(**{n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
-        doc = tensors["doc"].to(device) if "doc" in tensors else None
-        return cls(tensors["pos"], layers, shape["max_len"], doc)
+        doc, key = (tensors[name].to(device) if name in tensors else None for name in ("doc", "noise_key"))
+        return cls(tensors["pos"], layers, shape["max_len"], doc, key)
 
 
 def _shapes(state: SynapseState) -> list:
     """What must agree for two states to be joined: everything but the batch size."""
     layers = [{name: (value.shape[1:], value.dtype) for name, value in layer.tensors().items()} for layer in state.layers]
-    return [state.max_len, state.doc is None, *layers]
+    return [state.max_len, state.doc is None, state.noise_key is None, *layers]
 
 
 def same_layout(a: SynapseState, b: SynapseState) -> bool:
@@ -174,4 +204,4 @@ def same_layout(a: SynapseState, b: SynapseState) -> bool:
     return _shapes(a) == _shapes(b)
 
 
-__all__ = ["Chunk", "LayerState", "SynapseState", "same_layout"]
+__all__ = ["Chunk", "Extras", "LayerState", "SynapseState", "same_layout"]

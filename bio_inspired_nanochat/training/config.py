@@ -34,6 +34,12 @@ class TrainConfig:
     backend: str = knob(
         "auto", "execution of the attention operators; auto picks by device", choices=knobs_of(GPTConfig)["backend"].choices
     )
+    init: str = knob(
+        "standard",
+        "initial q, k, v and mlp input matrices: uniform draws, or a cellular automaton with the same mean and spread",
+        choices=knobs_of(GPTConfig)["init"].choices,
+        off="standard",
+    )
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 
@@ -138,6 +144,7 @@ def model_config(config: TrainConfig, vocab_size: int, bos_token_id: int) -> GPT
         value_embeds=config.value_embeds,
         doc_mask=config.doc_mask,
         backend=config.backend,
+        init=config.init,
         synapses=config.synapses,
         syn_cfg=config.syn_cfg,
     )

@@ -291,16 +291,13 @@ class Trainer:
         self._tell("on_save", self.progress.step, self.checkpoint)
 
     def _evaluate(self) -> None:
-        """Bits per byte on the validation data, without the compiler. Collective."""
+        """Bits per byte on the validation data. Collective."""
         rows = self.plan.eval_rows()
         if rows == 0:
             return
         loader = self.job.val_loader()
-        # Another compilation costs more than one evaluation; without a compiled model asking for eager would load the compiler.
-        eager = torch.compiler.set_stance("force_eager") if self.config.compile == "1" else contextlib.nullcontext()
         try:
-            with eager:
-                bpb = bits_per_byte(self.job.model, loader, -(-rows // self.plan.rows), self.job.tokenizer.token_bytes(), max_rows=rows)
+            bpb = bits_per_byte(self.job.model, loader, -(-rows // self.plan.rows), self.job.tokenizer.token_bytes(), max_rows=rows)
         finally:
             if hasattr(loader, "close"):
                 loader.close()

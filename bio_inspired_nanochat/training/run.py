@@ -17,6 +17,7 @@ from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.injection import START
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
@@ -97,6 +98,8 @@ def _data(config: TrainConfig, resume: Path | None) -> tuple[DataSource, Tokeniz
         stored = None if resume is None else resume / "tokenizer.json"
         if stored is not None and stored.exists():
             return source, Tokenizer.load(stored)
+        if resume is not None and config.tokenizer is None:
+            raise UserError(f"checkpoint {resume} holds no tokenizer.json: give the one that its token ids are of by --tokenizer=FILE")
         size = fill_defaults(config, pick_device(config.device)).vocab_size
         assert size is not None
         return source, ensure_tokenizer(source, size, config.tokenizer)
@@ -139,7 +142,15 @@ def save(job: Job, folder: Path) -> Path | None:
 
 
 def restore(job: Job, saved: Checkpoint) -> None:
-    """Continue from a checkpoint: weights, optimizer, position in the data, random generators, counters."""
+    """Continue from a checkpoint: weights, optimizer, position in the data, random generators, counters.
+
+    One of the kind `injection.START` has weights only, and the run begins at step 0 with them.
+    """
+    if saved.meta.get("kind") == START:
+        job.model.load_state_dict(saved.model)
+        job.resumed_from = saved.path
+        say(f"starting from the weights in {saved.path}")
+        return
     loop = saved.meta.get("loop", {})
     if "progress" not in loop or "ranks" not in loop:
         raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")

@@ -42,14 +42,14 @@ def whole_layer(q, k, v, tick, backend, *, window=None, doc=None, kind="phi", be
     beta, state = kernels.presyn(drive, params, closed=q.shape[2] // tick, backend=backend)
     y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, window=window, doc=doc, backend=backend)
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-    loss = (y * weight).sum() + sum(s.sum() for s in state)
+    loss = (y * weight).sum() + sum(s.sum() for s in state.parts().values())
     inputs = [q, k, v, theta, *leaves]
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return y, state, grads
 
 
 def assert_same(got, want, tolerance=1e-9):
-    for a, b in zip([got[0], *got[1], *got[2]], [want[0], *want[1], *want[2]], strict=True):
+    for a, b in zip([got[0], *got[1].parts().values(), *got[2]], [want[0], *want[1].parts().values(), *want[2]], strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -96,7 +96,7 @@ def test_any_chunking_gives_the_same_drive_and_state(tick):
             part = kernels.tick_drive(q[:, :, a:b], k, theta, tick, 1.0, q_start=a, backend=backend) / tick
             bias, piece = kernels.presyn(part, params, piece, closed=b // tick - a // tick, backend=backend)
             torch.testing.assert_close(bias, beta[:, :, a // tick : a // tick + bias.shape[2]])
-        for got, want in zip(piece, state, strict=True):
+        for got, want in zip(piece.parts().values(), state.parts().values(), strict=True):
             torch.testing.assert_close(got, want)
 
 
@@ -117,7 +117,7 @@ def test_rows_at_different_positions_equal_each_row_alone():
         beta_1, state_1 = kernels.presyn(alone, params, closed=int(closed[row]), backend="reference")
         y_1 = kernels.tick_biased_attention(q[pick], k[pick], v[pick], beta_1, tick, 1.0, q_start=begin, backend="reference")
         torch.testing.assert_close(y[pick], y_1)
-        for got, want in zip(state, state_1, strict=True):
+        for got, want in zip(state.parts().values(), state_1.parts().values(), strict=True):
             torch.testing.assert_close(got[pick], want)
 
 

@@ -1,0 +1,54 @@
+"""What the terminals of a layer did in one pass: means and histograms per head, and the losses that keep them in range.
+
+Dimensions: B batch, H query heads, N ticks, Tk keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BINS = 20
+# Range of the histogram of each quantity; what lies outside counts in the outermost bin.
+RANGES = {"calcium": (0.0, 5.0), "bias": (-8.0, 8.0)}
+LOW_ENERGY, LOW_POOL = 0.5, 0.25
+
+
+class LayerTelemetry(NamedTuple):
+    """Statistics over all terminals that exist, by quantity: mean [H]; histogram [H, BINS], shares that sum to one.
+
+    Quantities are those of `kernels.presyn`'s record: calcium, vesicles, bias, released, and the optional parts that are on.
+    """
+
+    mean: dict[str, Tensor]
+    histogram: dict[str, Tensor]
+
+
+def summarise(record: dict[str, Tensor], tick: int) -> LayerTelemetry:
+    """Reduce a layer's record ([B, H, N, Tk] each) over batch, ticks and keys; terminals that are not born yet do not count."""
+    means, histograms = {}, {}
+    for name, value in record.items():
+        ticks, keys = value.shape[2:]
+        born = torch.arange(keys, device=value.device) < tick * torch.arange(1, ticks + 1, device=value.device)[:, None]
+        value = value.detach().float()
+        count = born.sum() * value.shape[0]
+        means[name] = (value * born).sum((0, 2, 3)) / count
+        low, high = RANGES.get(name, (0.0, 1.0))
+        bins = ((value - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+        heads = torch.arange(value.shape[1], device=value.device)[:, None, None] * BINS
+        weight = born.expand_as(value).float().flatten()
+        total = torch.zeros(value.shape[1] * BINS, device=value.device).index_add_(0, (bins + heads).flatten(), weight)
+        histograms[name] = total.view(-1, BINS) / count
+    return LayerTelemetry(means, histograms)
+
+
+def auxiliary_loss(record: dict[str, Tensor], energy_weight: float, pool_weight: float) -> Tensor:
+    """Hinge losses of the background, weighted: mean of max(0, 1/2 - E) and of max(0, 1/4 - R) over all terminals and ticks."""
+    loss = record["vesicles"].new_zeros(())
+    if energy_weight and "energy" in record:
+        loss = loss + energy_weight * (LOW_ENERGY - record["energy"]).clamp(min=0).mean()
+    if pool_weight:
+        loss = loss + pool_weight * (LOW_POOL - record["vesicles"]).clamp(min=0).mean()
+    return loss
