@@ -178,6 +178,10 @@ class GPT(nn.Module):
         import torch._dynamo.config as dynamo  # imported late: it loads the whole compiler
 
         dynamo.recompile_limit = max(32, dynamo.recompile_limit)  # value embeddings x windows x grad modes
+        if self.config.synapses:  # a first pass makes the kernels of the synapses, which cannot be made while compiling
+            idx = torch.zeros(1, self.config.syn_cfg.tick, dtype=torch.long, device=self.embed.weight.device)
+            with torch.no_grad():
+                self.run(idx, idx, noise_seed=0)
         for block in self.blocks:
             block.compile(dynamic=False, backend=backend)
         self._loss = torch.compile(self._loss, dynamic=False, backend=backend)
@@ -242,31 +246,32 @@ class GPT(nn.Module):
         *,
         telemetry: bool = False,
         noise_seed: int | None = None,
+        noise_step: int = 0,
         samples: int = 1,
         sequence_ids: Tensor | None = None,
     ) -> RunOutput:
         """One pass over whole sequences; never changes the model.
 
         telemetry: also return what the terminals did. noise_seed: draw the fraction `stochastic_train_frac` of the release
-        events from this seed; None computes expectations. samples: Monte-Carlo passes, which give the predictive mean and
+        events from this seed (and noise_step, the step of a training run); None computes expectations. samples: Monte-Carlo passes, which give the predictive mean and
         variance (noise_seed None means 0 then). sequence_ids: [B] which sequence a row is, 0..B-1 by default: a row's noise
         follows its id and not its place in the batch. Raises UserError when several samples are asked of a model without
         stochastic release.
         """
         if samples > 1:
             return self._monte_carlo(idx, targets, telemetry, noise_seed or 0, samples, sequence_ids)
-        return self._pass(idx, targets, telemetry, self._noise(idx, noise_seed, 0, sequence_ids))
+        return self._pass(idx, targets, telemetry, self._noise(idx, noise_seed, sequence_ids, step=noise_step))
 
     @property
     def stochastic(self) -> bool:
         """Whether this model's synapses can release at random."""
         return self.config.synapses and "stochastic" in active_mechanisms(self.config.syn_cfg)
 
-    def _noise(self, idx: Tensor, seed: int | None, sample: int, sequence_ids: Tensor | None) -> ReleaseNoise | None:
+    def _noise(self, idx: Tensor, seed: int | None, sequence_ids: Tensor | None, step: int = 0, sample: int = 0) -> ReleaseNoise | None:
         if seed is None or not self.stochastic:
             return None
         ids = torch.arange(idx.shape[0]) if sequence_ids is None else sequence_ids
-        return ReleaseNoise.of(ids.to(idx.device), seed, sample=sample)
+        return ReleaseNoise.of(ids.to(idx.device), seed, step, sample)
 
     def _pass(self, idx: Tensor, targets: Tensor | None, telemetry: bool, noise: ReleaseNoise | None) -> RunOutput:
         cfg = self.config.syn_cfg
@@ -289,7 +294,7 @@ class GPT(nn.Module):
             raise UserError(f"samples={samples}: this model releases no vesicle at random: set syn_cfg.stochastic_train_frac above 0")
         mean, square, first = 0.0, 0.0, None
         for sample in range(samples):
-            out = self._pass(idx, targets, telemetry and sample == 0, self._noise(idx, seed, sample, sequence_ids))
+            out = self._pass(idx, targets, telemetry and sample == 0, self._noise(idx, seed, sequence_ids, sample=sample))
             first = first or out
             probabilities = torch.softmax(out.logits, dim=-1)
             mean, square = mean + probabilities / samples, square + probabilities.square() / samples
@@ -320,7 +325,7 @@ class GPT(nn.Module):
         device, dtype = self.embed.weight.device, self._embed(torch.zeros(1, 1, dtype=torch.long, device=self.embed.weight.device)).dtype
         layers = [block.attn.init_state(batch_size, max_len, device, dtype) for block in self.blocks]
         doc = torch.zeros(batch_size, max_len, dtype=torch.long, device=device) if self.config.doc_mask else None
-        noise = self._noise(torch.empty(batch_size, 0, device=device), noise_seed, 0, sequence_ids)
+        noise = self._noise(torch.empty(batch_size, 0, device=device), noise_seed, sequence_ids)
         key = None if noise is None else torch.stack([word.flatten() for word in noise.key], dim=1)
         return SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc, key)
 

@@ -25,12 +25,14 @@ from bio_inspired_nanochat.tasks.phrases import VOCAB, batch, objective, train
 
 LEAST_CHANGE = 1e-3
 STEPS = 200
-MORE_STEPS = 10  # for a value whose parameters are new: what it does may show only once they are learned
+MORE_STEPS = 20  # for a value whose parameters are new: what it does may show only once they are learned
 PROBE = 9999  # the step whose batch is measured on; training never comes to it
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
 # Constants under which a text of 64 tokens drains pools and energy and sees what was released come back.
 SMALL: Mapping[str, Any] = {
     "release_rate": 0.3,
+    "tau_rrp": 24.0,
+    "lambda_loge": 0.5,
     "reserve_size": 0.3,
     "endo_delay": 8.0,
     "rec_rate": 0.2,

@@ -194,6 +194,8 @@ def _call(node: fx.Node, arguments: list[Value], lines: list[str], known: dict[s
     name = _operation(node)
     if name in _SAME:
         return arguments[0]
+    if name == "copy":
+        return arguments[1]
     if name in ("stack", "unbind"):  # the only lists are the slots of a ring, put together and taken apart
         return arguments[0]
     if name == "getitem":

@@ -142,7 +142,7 @@ def kernels_for(signature: str) -> Kernels:
         derived = inputs - states - 1 - draws
         adjoint = codegen.derivative(prelude, 0, len(spec.constants), derived)
     source = _source(spec, body, reverse, derived)
-    name = f"<presyn kernel {signature}>"
+    name = f"<presyn kernel {spec}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     namespace: dict[str, Any] = {"__name__": name}
     exec(compile(source, name, "exec"), namespace)  # noqa: S102 (the text was made above, from the definition alone)
@@ -372,6 +372,8 @@ def run(
         [value for name, value in zip(p._fields, p, strict=True) if isinstance(value, Tensor) and name != "lateral_strength"]
     )
     start = torch.stack([*(getattr(state, name) for name in plain), *slots])
+    if not torch.compiler.is_compiling():
+        kernels_for(signature)  # here and not in the operator, below which autograd is excluded
     key = first = layer = None
     if noisy:
         key = torch.stack([word.flatten() for word in noise.key], dim=1)

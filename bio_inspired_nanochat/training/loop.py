@@ -52,15 +52,21 @@ class Loader(Protocol):
 
 
 class Objective(nn.Module):
-    """The model as a function from a batch to its loss, the form that DistributedDataParallel wraps."""
+    """The model as a function from a batch to what training minimises, the form that DistributedDataParallel wraps."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, seed: int = 0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.seed = model, seed
 
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """idx and targets [B,T] to the mean loss in nats."""
-        return self.model.run(idx, targets).loss
+    def forward(self, idx: Tensor, targets: Tensor, step: int = 0, first_row: int = 0) -> tuple[Tensor, Tensor]:
+        """idx and targets [B,T] to the mean loss plus auxiliary losses, and the mean loss alone, in nats.
+
+        step and first_row (index of the first row in the whole step's batch) say which stochastic release is drawn, so the
+        draws do not depend on how a batch is cut into micro-batches and ranks.
+        """
+        rows = torch.arange(first_row, first_row + idx.shape[0], device=idx.device)
+        out = self.model.run(idx, targets, noise_seed=self.seed, noise_step=step, sequence_ids=rows)
+        return out.loss if out.aux is None else out.loss + out.aux, out.loss.detach()
 
 
 @dataclass
@@ -101,7 +107,7 @@ class Trainer:
         self._forward = self._wrapped()
 
     def _wrapped(self) -> nn.Module:
-        objective: nn.Module = Objective(self.job.model)
+        objective: nn.Module = Objective(self.job.model, self.config.seed)
         if self.config.compile == "1":
             self.job.model.compile_regions()
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -177,7 +183,7 @@ class Trainer:
             idx, targets = self._to_device(*self.job.loader.next_batch())
             unsynced = isinstance(self._forward, DistributedDataParallel) and micro < self.plan.accumulation - 1
             with self._forward.no_sync() if unsynced else contextlib.nullcontext():
-                loss = self._backward(idx, targets)
+                loss = self._backward(idx, targets, micro)
             total = loss if total is None else total + loss
         assert total is not None
         norm = self.job.optimizer.clip_grad_norm()
@@ -185,12 +191,13 @@ class Trainer:
         self.job.optimizer.zero_grad()
         self._unread.append(torch.stack([total.float(), norm.float()]))
 
-    def _backward(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def _backward(self, idx: Tensor, targets: Tensor, micro: int) -> Tensor:
         """Forward and backward of one micro-batch; its share of the loss. Both may be what the compiler fails at."""
+        first_row = (micro * self.job.rank.world + self.job.rank.index) * idx.shape[0]
         try:
-            loss = self._forward(idx, targets) / self.plan.accumulation
-            loss.backward()
-            return loss.detach()
+            objective, loss = self._forward(idx, targets, self.progress.step, first_row)
+            (objective / self.plan.accumulation).backward()
+            return loss / self.plan.accumulation
         except FloatingPointError as error:
             raise guards.not_finite(self.progress.step + 1, f"drive of the synapses ({error}) is", self._last_saved()) from error
         except RuntimeError as error:

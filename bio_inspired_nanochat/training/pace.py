@@ -96,7 +96,7 @@ def _measure(plan: Plan, device: torch.device, seconds: float, choose_threads: b
     def step() -> None:
         optimizer.schedule(0, 1)
         for _ in range(plan.accumulation):
-            (objective(idx, targets) / plan.accumulation).backward()
+            (objective(idx, targets)[0] / plan.accumulation).backward()
         optimizer.clip_grad_norm()
         optimizer.step()
         optimizer.zero_grad()

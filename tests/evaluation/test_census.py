@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from bio_inspired_nanochat.config import SynapticConfig, knobs_of
+from bio_inspired_nanochat.config import SynapticConfig, knob, knobs_of
 from bio_inspired_nanochat.evaluation import census
 from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, USER_NAMES, Census, points
 from bio_inspired_nanochat.registry import MECHANISMS, Mechanism, owners
@@ -158,6 +158,21 @@ def test_a_choice_with_parameters_of_its_own_is_not_live_by_losing_what_was_lear
     assert trained._change("barrier", mechanisms, config, gated)[0] > 0
 
 
+def test_where_parameters_are_exchanged_the_learned_ones_are_left_out_on_both_sides(trained: Census) -> None:
+    mechanisms = trained.plan["genome"]
+    config = trained.model(mechanisms).config.syn_cfg
+    other = dataclasses.replace(config, genome="xi")
+    models = [census.build(other), census.build(config)]
+    shapes = {name: value.shape for name, value in models[0].named_parameters()}
+    learned = dict(trained.model(mechanisms).named_parameters())
+    shared = {name: value for name, value in learned.items() if shapes.get(name) == value.shape}
+    assert len(shared) < min(len(shapes), len(learned))
+    for model in models:
+        model.load_state_dict(shared, strict=False)
+    want = census._relative(*map(census._logits, models))
+    assert trained._change("genome", mechanisms, config, other)[0] == pytest.approx(want, rel=1e-4, abs=1e-9)
+
+
 def test_a_choice_that_a_knob_needs_is_made(trained: Census, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the threshold acted under the softplus drive only."""
     build = census.build
@@ -199,6 +214,11 @@ def test_a_value_that_breaks_the_model_is_a_fault_and_not_a_change(trained: Cens
 @pytest.mark.parametrize("name", USER_NAMES)
 def test_the_names_of_the_background_are_knobs(name: str) -> None:
     assert name in KNOBS and KNOBS[name].doc
+
+
+def test_a_knob_keeps_what_it_is_told() -> None:
+    record = knob(0.0, "a thing", analogue="septin", source="a paper", training_only=True).metadata["knob"]
+    assert (record.analogue, record.source, record.training_only, record.at_birth) == ("septin", "a paper", True, False)
 
 
 def test_every_knob_has_a_source(monkeypatch: pytest.MonkeyPatch) -> None:

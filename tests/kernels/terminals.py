@@ -12,6 +12,7 @@ import torch
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.kernels import PresynParams, PresynState, presyn_step
 from bio_inspired_nanochat.registry import MECHANISMS, closure, config_with
+from bio_inspired_nanochat.synaptic.genome import PROTEINS
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 
 TICKS = (1, 8, 64, 1000)
@@ -19,8 +20,17 @@ TICKS = (1, 8, 64, 1000)
 LIVELY = {"alpha_ca": 0.2, "tau_c": 20.0, "tau_rrp": 40.0, "release_rate": 0.1, "release_bias": -0.5, "endo_delay": 48.0}
 
 
-def kinetics(config: SynapticConfig, heads: int = 1, dtype: torch.dtype = torch.float64, spread: float = 0.0) -> PresynParams:
-    """The terminal of a config at birth; with `spread` the heads differ in every learned quantity and in their gains."""
+def kinetics(
+    config: SynapticConfig,
+    heads: int = 1,
+    dtype: torch.dtype = torch.float64,
+    spread: float = 0.0,
+    proteins: dict[str, float] | None = None,
+) -> PresynParams:
+    """The terminal of a config at birth; with `spread` the heads differ in every learned quantity and in their gains.
+
+    proteins: logits of expression in the first head, for a genome of proteins.
+    """
     sizes = {"n_layer": 1, "n_head": heads, "n_kv_head": heads, "n_embd": 16 * heads, "vocab_size": 8, "sequence_len": 8}
     synapse = Presynaptic(GPTConfig(**sizes, synapses=True, syn_cfg=config)).to(dtype)
     synapse.init_weights()
@@ -28,6 +38,8 @@ def kinetics(config: SynapticConfig, heads: int = 1, dtype: torch.dtype = torch.
         for index, parameter in enumerate(synapse.parameters()):
             offsets = torch.sin(1.0 + index + 2.0 * torch.arange(parameter.numel(), dtype=dtype)).view_as(parameter)
             parameter += spread * offsets
+        for name, level in (proteins or {}).items():
+            synapse.genome.level[0, PROTEINS.index(name)] = level
     params = synapse.params()
     return PresynParams(*[value.detach() if isinstance(value, torch.Tensor) else value for value in params])._replace(sampler=None)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.kernels import noise as noise_module
 from bio_inspired_nanochat.kernels.noise import MODES, ReleaseNoise, ReleaseSampler, philox, sampled_probability
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -150,7 +151,8 @@ def test_words_are_uniform():
 def test_neighbouring_streams_are_unrelated(other):
     for mode in ("normal_reparam", "straight_through"):
         assert correlation(draw(mode=mode), draw(other, mode=mode)) < 4
-    assert correlation(draw(fraction=0.5, count=1) == 0.5, draw(other, fraction=0.5, count=1) == 0.5) < 4
+    here, there = ((draw(noise, fraction=0.5, count=1) == 0.5).double() for noise in (NOISE, other))
+    assert correlation(here, there) < 4
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3], ids=["row", "head", "tick", "key"])
@@ -261,9 +263,10 @@ def test_sampling_compiles_in_one_graph():
     torch._dynamo.reset()
     logit = torch.randn(4, 3, 20, requires_grad=True)
     for mode in MODES:
-        how = sampler(mode, fraction=0.5, count=5)
+        how = sampler(mode, fraction=0.5, count=3)
         compiled = torch.compile(sampled_probability, backend="aot_eager", fullgraph=True)
-        for layer, tick, first in ((0, 0, 0), (1, 3, 2), (3, 4, torch.tensor([1, 2, 3, 4]))):
+        calls = [(1, 3, torch.tensor([1, 2, 3, 4])), (0, 0, 0), (2, 4, 5)]
+        for layer, tick, first in calls if mode == "straight_through" else calls[:1]:
             noise = NOISE.at(layer, first)
             want, got = sampled_probability(logit, tick, noise, how), compiled(logit, tick, noise, how)
             torch.testing.assert_close(got, want)
@@ -271,12 +274,16 @@ def test_sampling_compiles_in_one_graph():
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
-def test_compiled_words_of_a_range_do_not_overflow():
-    def words():
-        return philox((torch.arange(20), 3, torch.arange(4)[:, None], 0), (1, 2))
-
+def test_compiled_words_of_a_range_do_not_overflow(monkeypatch):
+    """One round: there a compiler could fold the multiplication into a loop index, and ten take it minutes on a CPU."""
+    monkeypatch.setattr(noise_module, "_ROUNDS", 1)
     torch._dynamo.reset()
-    for got, want in zip(torch.compile(words)(), words(), strict=True):
+
+    def words(key):
+        return philox((torch.arange(20), 3, torch.arange(4)[:, None], 0), (key, key))
+
+    key = torch.tensor([7])
+    for got, want in zip(torch.compile(words)(key), words(key), strict=True):
         assert torch.equal(got, want)
 
 
