@@ -179,7 +179,7 @@ class GPT(nn.Module):
 
         dynamo.recompile_limit = max(32, dynamo.recompile_limit)  # value embeddings x windows x grad modes
         if self.config.synapses:  # a first pass makes the kernels of the synapses, which cannot be made while compiling
-            idx = torch.zeros(1, self.config.syn_cfg.tick, dtype=torch.long, device=self.embed.weight.device)
+            idx = torch.zeros(1, 16 * self.config.syn_cfg.tick, dtype=torch.long, device=self.embed.weight.device)
             with torch.no_grad():
                 self.run(idx, idx, noise_seed=0)
         for block in self.blocks:
@@ -292,16 +292,17 @@ class GPT(nn.Module):
     ) -> RunOutput:
         if not self.stochastic:
             raise UserError(f"samples={samples}: this model releases no vesicle at random: set syn_cfg.stochastic_train_frac above 0")
-        mean, square, first = 0.0, 0.0, None
-        for sample in range(samples):
+        mean, spread, first = 0.0, 0.0, None
+        for sample in range(samples):  # mean and sum of squared deviations, updated as Welford (1962)
             out = self._pass(idx, targets, telemetry and sample == 0, self._noise(idx, seed, sequence_ids, sample=sample))
             first = first or out
             probabilities = torch.softmax(out.logits, dim=-1)
-            mean, square = mean + probabilities / samples, square + probabilities.square() / samples
+            deviation = probabilities - mean
+            mean = mean + deviation / (sample + 1)
+            spread = spread + deviation * (probabilities - mean)
         logits = torch.log(mean)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        variance = (square - mean.square()).clamp(min=0) * samples / (samples - 1)
-        return RunOutput(logits, loss, first.aux, first.telemetry, variance)
+        return RunOutput(logits, loss, first.aux, first.telemetry, spread / (samples - 1))
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats [B, T] float32; 0 where the target is -1. Never compiled.

@@ -13,7 +13,8 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import SynapseState
 from tests.contract import BACKENDS, MODELS, SIZES, SYNAPSES, make_ids, make_model
 
-ALL = [(synapses, "plain") for synapses in SYNAPSES] + [("default", model) for model in MODELS if model != "plain"]
+ALL = [(synapses, "plain") for synapses in SYNAPSES]
+ALL += [(synapses, model) for synapses in ("default", "all") for model in MODELS if model != "plain"]
 variants = pytest.mark.parametrize("synapses, model", ALL, ids=[f"{s}-{m}" for s, m in ALL])
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -142,15 +143,16 @@ def test_ragged_rows_equal_each_row_alone(synapses, model):
             assert_near(logits[row, :count], alone)
 
 
-def test_packed_documents_equal_each_document_alone():
+@pytest.mark.parametrize("synapses", ["default", "lateral", "all"])
+def test_packed_documents_equal_each_document_alone(synapses):
     """With doc_mask a document in a packed row computes what it computes alone, started at the same offset modulo c."""
-    net = build("default", "documents", tick=4)
+    net = build(synapses, "documents", tick=4)
     first, second = make_ids(1, 17, seed=1) % 49 + 1, make_ids(1, 20, seed=2) % 49 + 1
     first[0, 0] = second[0, 0] = 0
     packed = net(torch.cat([first[:, :16], second], dim=1))
     assert_near(packed[:, :16], net(first[:, :16]))
     assert_near(packed[:, 16:], net(second), 1e-4)
-    assert (build("default", tick=4)(torch.cat([first[:, :16], second], dim=1))[:, 16:] - packed[:, 16:]).abs().max() > 1e-3
+    assert (build(synapses, tick=4)(torch.cat([first[:, :16], second], dim=1))[:, 16:] - packed[:, 16:]).abs().max() > 1e-3
 
 
 @variants

@@ -15,6 +15,7 @@ from bio_inspired_nanochat.registry import (
     closure,
     config_with,
     config_without,
+    inert_fields,
     knob_table,
     markdown_table,
     owners,
@@ -79,13 +80,58 @@ def test_overrides_go_on_top() -> None:
     assert config_with("presyn", tau_rrp=5.0).tau_rrp == 5.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tau_buf": 3.0}, "tau_buf has no effect while buffer is off: add --syn_cfg.buffer=1"),
+        ({"tau_buf": 4.0}, "tau_buf has no effect while buffer is off: add --syn_cfg.buffer=1"),  # given, though it is the default
+        ({"rab": True}, "rab has no effect while reserve and endocytosis are off: add --syn_cfg.reserve=1 --syn_cfg.endo_delay=24"),
+        (
+            {"tau_rab5": 4.0, "reserve": True},
+            "tau_rab5 has no effect while endocytosis and rab are off: add --syn_cfg.endo_delay=24 --syn_cfg.rab=1",
+        ),
+        ({"genome": "proteins", "xi_dim": 3}, "xi_dim has no effect while genome_xi is off: add --syn_cfg.genome=xi"),
+        ({"genome": "xi", "presyn": False}, "genome has no effect while presyn is off: add --syn_cfg.presyn=1"),
+        (
+            {"barrier": "none", "barrier_strength": 2.0},
+            "barrier_strength has no effect while barrier_linear and barrier_gated are off: "
+            "add --syn_cfg.barrier=linear or --syn_cfg.barrier=gated",
+        ),
+    ],
+)
+def test_a_given_field_whose_mechanisms_are_off_is_named_with_what_turns_them_on(changes: dict[str, object], said: str) -> None:
+    config = dataclasses.replace(SynapticConfig(), **changes)
+    given = {f"syn_cfg.{name}" for name in changes} | {"syn_preset", "depth"}
+    (line,) = inert_fields(config, given)
+    assert line == f"--syn_cfg.{said}"
+    field, flags = line.removeprefix("--syn_cfg.").split()[0], said.partition("add ")[2].split(" or ")[0]
+    values = dict(flag.removeprefix("--syn_cfg.").split("=") for flag in flags.split())
+    typed = {name: type(getattr(config, name))(value if value != "1" else 1) for name, value in values.items()}
+    assert inert_fields(dataclasses.replace(config, **typed), {f"syn_cfg.{field}"}) == []  # the advice helps
+
+
+@pytest.mark.parametrize("changes", [{"tick": 4, "epsilon": 1e-3}, {"tau_rrp": 9.0}, {"buffer": False, "drive": "phi", "complexin_bias": 0.0}])
+def test_nothing_is_said_of_fields_that_act_or_that_switch_off(changes: dict[str, object]) -> None:
+    assert inert_fields(dataclasses.replace(SynapticConfig(), **changes), {f"syn_cfg.{name}" for name in changes}) == []
+
+
+def test_nothing_is_said_of_fields_that_were_not_given() -> None:
+    assert inert_fields(SynapticConfig.preset("off"), {"tau_c", "optim.tau_buf"}) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_nothing_that_has_no_effect(preset: str) -> None:
+    assert inert_fields(SynapticConfig.preset(preset), {f"syn_cfg.{name}" for name in PRESETS[preset]}) == []
+
+
 def test_the_knob_table_lists_every_field_as_markdown() -> None:
     rows = knob_table(GPTConfig)
     by_name = {row.name: row for row in rows}
     assert [f"syn_cfg.{name}" for name in FIELDS] == [row.name for row in rows if row.name.startswith("syn_cfg.")]
     assert by_name["synapses"][1:3] == ("0", "0 or 1")
     assert by_name["syn_cfg.tick"][1:4] == ("8", "[1, 1024]", "tokens")
+    assert (by_name["syn_cfg.tau_nsf"].analogue, by_name["syn_cfg.tick"].analogue) == ("NSF", "")
     lines = markdown_table(rows).splitlines()
-    assert lines[0] == "| name | default | bounds | unit | meaning |" and lines[1].startswith("| --- |")
+    assert lines[0] == "| name | default | bounds | unit | meaning | analogue |" and lines[1].startswith("| --- |")
     assert len(lines) == len(rows) + 2
     assert markdown_table([["a|b", "c\nd"]], ["x", "y"]) == "| x | y |\n| --- | --- |\n| a\\|b | c d |\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bio_inspired_nanochat.engine import Generation
-from scripts import base_eval, base_train, chat_cli
+from scripts import base_eval, base_train, chat_cli, enable_synapses
 from tests.training.tiny import flags
 
 
@@ -89,6 +89,35 @@ def test_a_dry_run_and_a_printed_config_end_with_a_record_too(tmp_path, capsys):
     assert last_line(capsys)["dry_run"] is True
     base_train.main([*flags(tmp_path), "--print_config=1"])
     assert last_line(capsys)["config"]["depth"] == 2 and not list(tmp_path.iterdir())
+
+
+def notices(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("notice: --syn_cfg")]
+
+
+@pytest.mark.parametrize("stop", [{"print_config": 1}, {"dry_run": 1}, {"num_iterations": 1}])
+def test_a_flag_that_changes_nothing_is_named_in_one_line(tmp_path, capsys, stop):
+    words = flags(tmp_path, synapses=1, syn_preset="core", save_every=-1, **stop)
+    base_train.main([*words, "--syn_cfg.tau_buf=9.0", "--syn_cfg.tau_c=9.0"])
+    assert notices(capsys) == ["notice: --syn_cfg.tau_buf has no effect while buffer is off: add --syn_cfg.buffer=1"]
+
+
+def test_the_notice_follows_the_model_that_is_resumed(tmp_path, capsys):
+    words = ["--synapses=1", "--syn_cfg.tau_buf=9.0"]
+    base_train.main([*flags(tmp_path, num_iterations=1), *words, "--syn_cfg.buffer=1"])
+    base_train.main([*flags(tmp_path, num_iterations=2), *words, "--resume=auto"])
+    out = capsys.readouterr().out
+    assert "resumed from step 1" in out and "notice: --syn_cfg" not in out
+
+
+def test_a_flag_that_changes_nothing_in_new_synapses_is_named(trained, tmp_path, capsys):
+    enable_synapses.main([f"--source={trained['vanilla']['checkpoint']}", f"--out={tmp_path / 'out'}", "--syn_cfg.barrier_strength=2.0"])
+    assert notices(capsys) == []
+    enable_synapses.main(
+        [f"--source={trained['vanilla']['checkpoint']}", f"--out={tmp_path / 'core'}", "--syn_preset=core", "--syn_cfg.barrier_strength=2.0"]
+    )
+    (line,) = notices(capsys)
+    assert "barrier_strength has no effect" in line and "add --syn_cfg.barrier=linear or --syn_cfg.barrier=gated" in line
 
 
 def test_evaluation_takes_the_newest_checkpoint_and_repeats_its_number(home, trained, capsys):

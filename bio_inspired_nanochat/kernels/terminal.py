@@ -161,7 +161,7 @@ def docking_rate(state: PresynState, p: PresynParams) -> Tensor:
     """
     rate = 1 / p.tau_rrp
     if state.energy is not None:
-        rate = rate * state.energy
+        rate = rate * state.energy + TINY
     if state.reserve is None:
         return rate
     rate = rate * (1 + p.mobilisation * state.calcium / (state.calcium + 1))

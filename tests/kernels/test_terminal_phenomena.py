@@ -228,6 +228,24 @@ def test_released_vesicles_come_back_no_earlier_than_the_endocytosis_delay(delay
     assert away[-1] < 0.01 * freed[0]
 
 
+STAGES = [
+    ("rab", "early", "tau_rab5", 1.0),
+    ("rab", "late", "tau_rab7", 1.0),
+    ("reserve", "resynthesis", "tau_syn", 1.0),
+    ("clamp_dynamics", "clamp", "tau_clamp", 0.0),
+    ("energy", "energy", "tau_energy", 0.0),
+]
+
+
+@pytest.mark.parametrize("tick", [1, 8, 64])
+@pytest.mark.parametrize("part, quantity, knob, start", STAGES, ids=[row[1] for row in STAGES])
+def test_every_compartment_relaxes_with_its_time_constant_at_every_tick(part, quantity, knob, start, tick):
+    params = terminal(part, tick=tick, **{knob: 30.0})
+    states, _ = course(params, silence(6), rest(params)._replace(**{quantity: constant(params, start)}))
+    distance = (level(states, quantity) - (1 - start)).abs()
+    torch.testing.assert_close(distance, torch.exp(-torch.arange(7, dtype=torch.float64) * tick / 30), rtol=1e-6, atol=1e-12)
+
+
 def absence(*parts, **knobs) -> float:
     """Mean time in tokens that a vesicle released in tick 0 stays away from both pools."""
     params = terminal("reserve", *parts, endo_delay=10.0 if parts else 0.0, tau_syn=5.0, rec_rate=0.25, **knobs)

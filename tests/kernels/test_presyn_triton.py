@@ -1,0 +1,96 @@
+"""The generated kernel of the terminals equals the reference: outputs, states, random draws and every gradient."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bio_inspired_nanochat import kernels
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
+from bio_inspired_nanochat.kernels import PresynParams, PresynState, ReleaseNoise
+from bio_inspired_nanochat.registry import config_with
+from bio_inspired_nanochat.synaptic import Presynaptic
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {
+    "core": SynapticConfig.preset("core"),
+    "one_sensor": config_with("presyn", tied_gains=True),
+    "buffer": config_with("buffer"),
+    "recycling": config_with("rab", "lateral", endo_delay=20.0),
+    "full": SynapticConfig.preset("full"),
+    "seed": SynapticConfig.preset("seed"),
+}
+
+
+def run(cfg: SynapticConfig, backend: str, device: str, dtype: torch.dtype, ticks: int, keys: int, noisy: bool):
+    """Values by name: bias, record, final state and gradients, through the public operator."""
+    torch.manual_seed(0)
+    module = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=cfg))
+    module.init_weights()
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    drive = torch.rand(2, 2, ticks, keys) * 3
+    drive[:, :, 1] = 0
+    module, drive = module.to(device), drive.to(device).requires_grad_()
+    params = PresynParams(*[value.to(dtype) if isinstance(value, torch.Tensor) else value for value in module.params()])
+    state = PresynState.rest(2, 2, keys, device=drive.device, dtype=dtype, params=params)
+    state = state._replace(open_drive=torch.full_like(state.open_drive, 0.3))
+    noise = ReleaseNoise.of(torch.arange(2, device=device), 5).at(3, 2) if noisy else None
+    record: dict[str, torch.Tensor] = {}
+    beta, state = kernels.presyn(drive.to(dtype), params, state, closed=ticks - 1, noise=noise, record=record, backend=backend)
+    values = {"beta": beta, **record, **{f"final {name}": value for name, value in state.parts().items()}}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((value * torch.randn(value.shape, generator=generator).to(device)).sum() for _, value in sorted(values.items()))
+    leaves = {"drive": drive, **dict(module.named_parameters())}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return values, dict(zip(leaves, grads, strict=True))
+
+
+def compare(name: str, device: str, ticks: int = 6, keys: int = 20) -> None:
+    cfg = dataclasses.replace(CASES[name], stochastic_train_frac=0.5 if name == "full" else 0.0)
+    noisy = name == "full"
+    values, grads = run(cfg, "sdpa", device, torch.float32, ticks, keys, noisy)
+    again, grads_again = run(cfg, "sdpa", device, torch.float32, ticks, keys, noisy)
+    wanted, wanted_grads = run(cfg, "reference", device, torch.float64, ticks, keys, noisy)
+    for key, value in wanted.items():
+        torch.testing.assert_close(values[key].double(), value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{name} {key}: {text}")
+        assert torch.equal(values[key], again[key]), key
+    _, plain = run(cfg, "reference", device, torch.float32, ticks, keys, noisy)
+    for key, grad in wanted_grads.items():
+        # a gradient that is a small difference of large terms is no better than float32 allows
+        error, unavoidable = ((got - grad).norm() / grad.norm().clamp(min=1e-3) for got in (grads[key], plain[key]))
+        assert error <= max(1e-5, 3 * unavoidable), f"{name}: gradient of {key} is off by {error:.1e}, not {unavoidable:.1e}"
+        assert torch.equal(grads[key], grads_again[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_the_reference_on_the_gpu(name):
+    compare(name, "cuda", ticks=37, keys=150)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_equal_the_reference_in_the_interpreter():
+    """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
+    code = "from tests.kernels.test_presyn_triton import CASES, compare\nfor name in ('core', 'recycling', 'full'): compare(name, 'cpu')"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    if "only 0-dimensional arrays can be converted" in result.stderr:
+        pytest.skip("this Triton's interpreter does not work with the installed NumPy")
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_every_part_of_a_terminal_is_in_a_case():
+    used = {name for cfg in CASES.values() for name, value in _params(cfg).items() if isinstance(value, torch.Tensor)}
+    assert used == set(PresynParams._fields) - {"tick", "beta_max", "epsilon", "endo_slots", "lateral_window", "sampler"}
+
+
+def _params(cfg: SynapticConfig) -> dict[str, object]:
+    module = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=cfg))
+    module.init_weights()
+    return module.params()._asdict()
