@@ -2,7 +2,8 @@
 
 Every function is elementwise. States and drives have any shape in which parameters broadcast (`PresynParams.broadcast`).
 Each step is an exact exponential or an implicit step of its differential equation for a drive that is constant within the
-tick, so that bounds hold for every drive >= 0 and every tick length; steady states are those of the equations.
+tick, so that bounds hold for every drive >= 0 and every tick length. Steady states are those of the equations, except that
+docking from a finite reserve slows in ticks of many tokens (see `docking_rate`).
 
 Notation: C calcium, B bound calcium, R readily releasable pool, Z reserve, F endocytosis ring, Q primed SNAREs, E energy,
 I drive, c tick length, p release probability.
