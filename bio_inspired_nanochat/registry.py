@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bio_inspired_nanochat.config.knobs import Knob, format_number, kinds_of, knobs_of
+from bio_inspired_nanochat.config.knobs import REQUIRED, Knob, format_number, kinds_of, knobs_of
 from bio_inspired_nanochat.config.synaptic import SynapticConfig
 from bio_inspired_nanochat.errors import UserError, nearest
 
@@ -34,13 +34,17 @@ class Mechanism:
         """Every field that belongs to the mechanism: its switches and its knobs."""
         return frozenset(self.on) | frozenset(self.off) | frozenset(self.knobs)
 
-    def is_on(self, config: SynapticConfig) -> bool:
-        """Whether the mechanism acts in a config: a named choice must be its own, a number or switch must differ from off."""
+    def is_set(self, config: SynapticConfig) -> bool:
+        """Whether its own switch is on: a named choice must be its own, a number or switch must differ from off."""
         for name, off in self.off.items():
             value = getattr(config, name)
             if value == off or (isinstance(off, str) and value != self.on[name]):
                 return False
-        return all(MECHANISMS[need].is_on(config) for need in self.needs)
+        return True
+
+    def is_on(self, config: SynapticConfig) -> bool:
+        """Whether the mechanism acts in a config: its own switch and all that it needs are on."""
+        return self.is_set(config) and all(MECHANISMS[need].is_on(config) for need in self.needs)
 
 
 # Fields that no single mechanism owns: the time grid and a numerical floor.
@@ -307,6 +311,28 @@ def owners(field: str) -> list[str]:
     return [name for name, mechanism in MECHANISMS.items() if field in mechanism.fields]
 
 
+def inert_fields(config: SynapticConfig, given: Collection[str]) -> list[str]:
+    """One line for every given field that does nothing because all its mechanisms are off: which ones, and the flags that help.
+
+    given: dotted names as of `parse_with_given`; those that do not begin with `syn_cfg.` are passed over, and so is a field that
+    switches its mechanism off.
+    """
+    lines = []
+    for field in (f.name for f in dataclasses.fields(config)):
+        names = owners(field)
+        if f"syn_cfg.{field}" not in given or not names or any(MECHANISMS[name].is_on(config) for name in names):
+            continue
+        if any(MECHANISMS[name].off.get(field, REQUIRED) == getattr(config, field) for name in names):
+            continue
+        ways = [[MECHANISMS[need] for need in closure(name) if not MECHANISMS[need].is_set(config)] for name in names]
+        ways = [way for way in ways if len(way) == min(map(len, ways))]  # two choices of one switch serve alike
+        missing = list(dict.fromkeys(mechanism.name for way in ways for mechanism in way))
+        flags = [" ".join(f"--syn_cfg.{name}={_default(m.on[name], Knob(''))}" for m in way for name in m.off) for way in ways]
+        are = f"{missing[0]} is" if len(missing) == 1 else f"{', '.join(missing[:-1])} and {missing[-1]} are"
+        lines.append(f"--syn_cfg.{field} has no effect while {are} off: add {' or '.join(flags)}")
+    return lines
+
+
 class KnobRow(NamedTuple):
     """One line of a knob table, all text."""
 
@@ -315,6 +341,7 @@ class KnobRow(NamedTuple):
     bounds: str
     unit: str
     meaning: str
+    analogue: str
 
 
 def knob_table(cls: type, prefix: str = "") -> list[KnobRow]:
@@ -328,7 +355,7 @@ def knob_table(cls: type, prefix: str = "") -> list[KnobRow]:
             continue
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         bounds = "0 or 1" if kinds[field.name].base is bool else record.bounds()
-        rows.append(KnobRow(prefix + field.name, _default(made, record), bounds, record.unit, record.doc))
+        rows.append(KnobRow(prefix + field.name, _default(made, record), bounds, record.unit, record.doc, record.analogue))
     return rows
 
 

@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unused and not config.synapses and not config.resume:
             raise UserError(f"--{unused[0]} does nothing without synapses: add --synapses=1")
         if config.print_config:
-            record = print_config(config)
+            record = print_config(config, given)
         elif config.dry_run:
-            record = dry_run(config)
+            record = dry_run(config, given)
         else:
             record = train(config, [TensorBoard()], given)
         if this_rank().first:

@@ -23,6 +23,7 @@ import pytest
 
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig
 from bio_inspired_nanochat.registry import MECHANISMS, knob_table, markdown_table
+from bio_inspired_nanochat.synaptic.genome import protein_table
 from bio_inspired_nanochat.training.speedrun import VARIABLES
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
@@ -50,6 +51,8 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.base_train": TRAINING,
     "scripts.base_eval": {"eval_tokens": 128, "samples": 1, "max_tokens": 4, "device": "cpu"},
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
+    "scripts.enable_synapses": {},
+    "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
     "scripts.prepare_data": {},
     "scripts.tok_train": {"vocab_size": 280},
     "scripts.tok_eval": {"vocab_size": "270,280", "max_chars": 5000},
@@ -67,7 +70,11 @@ def _flags(values: Mapping[str, object]) -> str:
     return " ".join(f"`{name}={value if isinstance(value, str) else format(value, 'g')}`" for name, value in values.items())
 
 
-GENERATED = {"mechanisms": _mechanisms, "knobs": lambda: markdown_table(knob_table(SynapticConfig))}
+GENERATED: dict[str, Callable[[], str]] = {
+    "mechanisms": _mechanisms,
+    "knobs": lambda: markdown_table(knob_table(SynapticConfig)),
+    "proteins": lambda: markdown_table(protein_table()),
+}
 
 
 # --- reading the page ----------------------------------------------------------------------------------------------------------------
@@ -247,7 +254,12 @@ def test_every_command_runs_in_the_order_of_the_page(session: Session) -> None:
     resumed = {line: record for line, record in trained.items() if "--resume" in line}
     for line, record in trained.items():
         assert (record["steps"], record["resumed_from"]) == ((MORE_STEPS, STEPS) if line in resumed else (STEPS, None)), line
-    assert resumed and all(re.sub(r" --resume=\S+", "", line) in trained for line in resumed), "a run is resumed by its own command"
+    own = [line for line in resumed if "--resume=auto" in line]
+    assert own and all(re.sub(r" --resume=\S+", "", line) in trained for line in own), "a run is resumed by its own command"
+    (injected,) = (record for record in records.values() if "added_params" in record)
+    assert injected["added_params"] > 0 and injected["resumable"]
+    assert Path(injected["out"]).parent in {Path(record["checkpoint"]).parent for record in resumed.values()}, "synapses are trained on"
+    assert (session.folder / "census.md").read_text().startswith("| name | default |")
     assert any("val_bpb_zero_gains" in record for record in records.values())
     copied = sorted(path.name for path in (session.folder / "data/copy").glob("*.parquet"))
     assert copied == sorted(path.name for path in (session.folder / "data/notes").glob("*.parquet")) != []

@@ -94,8 +94,10 @@ def test_overrides_go_on_top() -> None:
         ({"genome": "xi", "presyn": False}, "genome has no effect while presyn is off: add --syn_cfg.presyn=1"),
         (
             {"barrier": "none", "barrier_strength": 2.0},
-            "barrier_strength has no effect while barrier_linear and barrier_gated are off: "
-            "add --syn_cfg.barrier=linear or --syn_cfg.barrier=gated",
+            (
+                "barrier_strength has no effect while barrier_linear and barrier_gated are off: "
+                "add --syn_cfg.barrier=linear or --syn_cfg.barrier=gated"
+            ),
         ),
     ],
 )
@@ -110,7 +112,9 @@ def test_a_given_field_whose_mechanisms_are_off_is_named_with_what_turns_them_on
     assert inert_fields(dataclasses.replace(config, **typed), {f"syn_cfg.{field}"}) == []  # the advice helps
 
 
-@pytest.mark.parametrize("changes", [{"tick": 4, "epsilon": 1e-3}, {"tau_rrp": 9.0}, {"buffer": False, "drive": "phi", "complexin_bias": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{"tick": 4, "epsilon": 1e-3}, {"tau_rrp": 9.0}, {"buffer": False, "drive": "phi", "complexin_bias": 0.0}]
+)
 def test_nothing_is_said_of_fields_that_act_or_that_switch_off(changes: dict[str, object]) -> None:
     assert inert_fields(dataclasses.replace(SynapticConfig(), **changes), {f"syn_cfg.{name}" for name in changes}) == []
 

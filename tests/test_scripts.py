@@ -114,7 +114,12 @@ def test_a_flag_that_changes_nothing_in_new_synapses_is_named(trained, tmp_path,
     enable_synapses.main([f"--source={trained['vanilla']['checkpoint']}", f"--out={tmp_path / 'out'}", "--syn_cfg.barrier_strength=2.0"])
     assert notices(capsys) == []
     enable_synapses.main(
-        [f"--source={trained['vanilla']['checkpoint']}", f"--out={tmp_path / 'core'}", "--syn_preset=core", "--syn_cfg.barrier_strength=2.0"]
+        [
+            f"--source={trained['vanilla']['checkpoint']}",
+            f"--out={tmp_path / 'core'}",
+            "--syn_preset=core",
+            "--syn_cfg.barrier_strength=2.0",
+        ]
     )
     (line,) = notices(capsys)
     assert "barrier_strength has no effect" in line and "add --syn_cfg.barrier=linear or --syn_cfg.barrier=gated" in line

@@ -114,17 +114,15 @@ def _tick_function(spec: Spec) -> Callable[..., list[Tensor]]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled pair for one Spec. prelude: per-head constants [H] of the parameters to the P derived ones of the kernel.
-
-    prelude_adjoint: the constants and the gradients of the derived ones to the gradients of the constants.
+    """What was compiled for one Spec: the two passes over the ticks, and `finish`, which turns their gradients of the P derived
+    per-head constants into those of the parameters.
     """
 
     spec: Spec
-    prelude: fx.GraphModule
-    prelude_adjoint: fx.GraphModule
     derived: int
     forward: Any
     backward: Any
+    finish: Any
 
 
 @functools.cache
@@ -141,12 +139,12 @@ def kernels_for(signature: str) -> Kernels:
         reverse = codegen.derivative(ordered, draws, inputs, len(spec.outputs) + states)
         derived = inputs - states - 1 - draws
         adjoint = codegen.derivative(prelude, 0, len(spec.constants), derived)
-    source = _source(spec, body, reverse, derived)
+    source = _source(spec, prelude, body, reverse, derived) + _finish_source(spec, adjoint, derived)
     name = f"<presyn kernel {spec}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     namespace: dict[str, Any] = {"__name__": name}
     exec(compile(source, name, "exec"), namespace)  # noqa: S102 (the text was made above, from the definition alone)
-    return Kernels(spec, prelude, adjoint, derived, namespace["forward"], namespace["backward"])
+    return Kernels(spec, derived, namespace["forward"], namespace["backward"], namespace["finish"])
 
 
 def _draws_first(body: fx.GraphModule, at: int, draws: int) -> Callable[..., Any]:
@@ -159,15 +157,16 @@ def _draws_first(body: fx.GraphModule, at: int, draws: int) -> Callable[..., Any
 
 NOISE = """\
 same = tl.zeros([BLOCK], tl.int32)
-w0, w1, w2, w3 = tl.philox((k1 << 32) | k0, offset, same + (tick0 + {n}).to(tl.int32), same + (head | (layer << 16)).to(tl.int32), same)
-chosen = tl.where(((w0 >> 9).to(tl.float32) + 0.5) * {grid} < {fraction}, 1.0, 0.0)
-eps = tl.sqrt(-2.0 * tl.log(((w1 >> 9).to(tl.float32) + 0.5) * {grid})) * tl.cos({turn} * ((w2 >> 9).to(tl.float32) + 0.5) * {grid})"""
+word0, word1, word2, word3 = tl.philox((k1 << 32) | k0, offset, same + (tick0 + {n}).to(tl.int32), same + (head | (layer << 16)).to(tl.int32), same)
+chosen = tl.where(((word0 >> 9).to(tl.float32) + 0.5) * {grid} < {fraction}, 1.0, 0.0)
+eps = tl.sqrt(-2.0 * tl.log(((word1 >> 9).to(tl.float32) + 0.5) * {grid})) * tl.cos({turn} * ((word2 >> 9).to(tl.float32) + 0.5) * {grid})"""
 
 
-def _source(spec: Spec, body: fx.GraphModule, reverse: fx.GraphModule, derived: int) -> str:
-    """The text of both kernels."""
+def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: fx.GraphModule, derived: int) -> str:
+    """The text of both passes."""
     states, outputs, draws = len(spec.states), len(spec.outputs), ["eps", "chosen"] if spec.sampler else []
     s, h = [f"s{i}" for i in range(states)], [f"h{i}" for i in range(derived)]
+    once, constants = codegen.emit(prelude, [f"r{i}" for i in range(len(spec.constants))], "w")
     step, made = codegen.emit(body, [*s, "drive", *draws, *h], "v")
     out, ahead = made[:outputs], made[outputs:]
     cotangents = [f"c{i}" for i in range(outputs)] + [f"g{i}" for i in range(states)]
@@ -184,7 +183,9 @@ def _source(spec: Spec, body: fx.GraphModule, reverse: fx.GraphModule, derived: 
         "live = offset < keys",
         "head = row % heads",
         "at = row * keys + offset",
-        *(f"h{i} = tl.load(h_ptr + {i} * heads + head)" for i in range(derived)),
+        *(f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(len(spec.constants))),
+        *once,
+        *(f"h{i} = {value}" for i, value in enumerate(constants)),
     ]
     if spec.sampler:
         head += ["k0 = tl.load(key_ptr + 2 * (row // heads))", "k1 = tl.load(key_ptr + 2 * (row // heads) + 1)"]
@@ -247,12 +248,41 @@ def _source(spec: Spec, body: fx.GraphModule, reverse: fx.GraphModule, derived: 
             "import triton.language as tl",
             "",
             "@triton.jit",
-            f"def forward(drive_ptr, h_ptr, start_ptr, out_ptr, final_ptr, check_ptr, {common}):",
+            f"def forward(drive_ptr, constant_ptr, start_ptr, out_ptr, final_ptr, check_ptr, {common}):",
             *("    " + line for line in forward),
             "",
             "@triton.jit",
-            "def backward(drive_ptr, h_ptr, check_ptr, scratch_ptr, gout_ptr, gfinal_ptr, gdrive_ptr, gstart_ptr, gh_ptr, " + common + "):",
+            "def backward(drive_ptr, constant_ptr, check_ptr, scratch_ptr, gout_ptr, gfinal_ptr, gdrive_ptr, gstart_ptr, gh_ptr, "
+            + common
+            + "):",
             *("    " + line for line in backward),
+            "",
+        ]
+    )
+
+
+def _finish_source(spec: Spec, adjoint: fx.GraphModule, derived: int) -> str:
+    """The text of `finish`: one program per head sums the derived constants' gradients and pulls them back to the parameters'."""
+    count = len(spec.constants)
+    lines, gradients = codegen.emit(adjoint, [*(f"r{i}" for i in range(count)), *(f"d{i}" for i in range(derived))], "v")
+    body = [
+        "head = tl.program_id(0)",
+        *(f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(count)),
+        "items = batch * blocks",
+        *(f"d{i} = 0.0" for i in range(derived)),
+        "for begin in range(0, items, BLOCK):",
+        "    item = begin + tl.arange(0, BLOCK)",
+        "    place = (item // blocks * heads + head) * blocks + item % blocks",
+        *(f"    d{i} += tl.sum(tl.load(gh_ptr + {i} * items * heads + place, mask=item < items, other=0.0), 0)" for i in range(derived)),
+        *lines,
+        *(f"tl.store(gconstant_ptr + {i} * heads + head, {value})" for i, value in enumerate(gradients)),
+    ]
+    return "\n".join(
+        [
+            "",
+            "@triton.jit",
+            "def finish(constant_ptr, gh_ptr, gconstant_ptr, batch, heads, blocks, BLOCK: tl.constexpr):",
+            *("    " + line for line in body),
             "",
         ]
     )
@@ -266,9 +296,10 @@ def _run(signature: str, drive: Tensor, constants: Tensor, start: Tensor, noise:
     out = drive.new_empty(len(kernels.spec.outputs), batch, heads, ticks, keys)
     final = torch.empty_like(start)
     check = drive.new_empty(-(-ticks // every), states, batch, heads, keys)
-    derived = torch.stack([*kernels.prelude(*constants.unbind(0))]).contiguous()
     grid = (batch * heads, -(-keys // BLOCK))
-    kernels.forward[grid](drive, derived, start, out, final, check, ticks, keys, heads, size, every, *noise, BLOCK=BLOCK, num_warps=WARPS)
+    kernels.forward[grid](
+        drive, constants.contiguous(), start, out, final, check, ticks, keys, heads, size, every, *noise, BLOCK=BLOCK, num_warps=WARPS
+    )
     return out, final, check
 
 
@@ -309,7 +340,7 @@ def presyn_adjoint(
     kernels = kernels_for(signature)
     batch, heads, ticks, keys = drive.shape
     states, every = len(kernels.spec.states), _every(ticks)
-    derived = torch.stack([*kernels.prelude(*constants.unbind(0))])
+    constants = constants.contiguous()
     drive, grad_drive = drive.contiguous(), torch.empty_like(drive, memory_format=torch.contiguous_format)
     grad_start = drive.new_empty(states, batch, heads, keys)
     scratch = drive.new_empty(every, states, batch, heads, keys)
@@ -319,7 +350,7 @@ def presyn_adjoint(
     kernels.backward[grid](
         *(
             drive,
-            derived.contiguous(),
+            constants,
             check,
             scratch,
             grad_out.contiguous(),
@@ -332,9 +363,9 @@ def presyn_adjoint(
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-    by_head = partial.view(kernels.derived, batch, heads, -1).sum((1, 3))
-    grad_constants = kernels.prelude_adjoint(*constants.unbind(0), *by_head.unbind(0))
-    return grad_drive, torch.stack([*grad_constants]), grad_start
+    grad_constants = torch.empty_like(constants)
+    kernels.finish[(heads,)](constants, partial, grad_constants, batch, heads, grid[1], BLOCK=BLOCK, num_warps=WARPS)
+    return grad_drive, grad_constants, grad_start
 
 
 @presyn_adjoint.register_fake

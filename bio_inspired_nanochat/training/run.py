@@ -19,6 +19,7 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.injection import START
 from bio_inspired_nanochat.optim import build_optimizer
+from bio_inspired_nanochat.registry import inert_fields
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
@@ -62,6 +63,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
     if saved is None:
         for line in plan.describe():
             say(line)
+    _say_inert(plan, given)
     model = build_model(plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
@@ -88,6 +90,12 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
     if saved is not None:
         restore(job, saved)
     return job
+
+
+def _say_inert(plan: Plan, given: set[str]) -> None:
+    """A notice for every given flag of the synapses that changes nothing."""
+    for line in inert_fields(plan.model.syn_cfg, given) if plan.model.synapses else []:
+        say(f"notice: {line}")
 
 
 def _data(config: TrainConfig, resume: Path | None) -> tuple[DataSource, Tokenizer]:
@@ -203,21 +211,29 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- runs that train nothing -----------------------------------------------------------------------------------------------------
 
 
-def print_config(config: TrainConfig) -> dict[str, Any]:
-    """The configuration with every default filled in, and what follows from it, without touching data or files."""
+def print_config(config: TrainConfig, given: set[str] | None = None) -> dict[str, Any]:
+    """The configuration with every default filled in, and what follows from it, without touching data or files.
+
+    given: see `train`.
+    """
     plan = make_plan(config, pick_device(config.device), 1)
     for line in plan.describe():
         say(line)
+    _say_inert(plan, given_fields(config) if given is None else given)
     say(json.dumps(to_dict(plan.config), indent=1))
     return {"config": to_dict(plan.config), "model": to_dict(plan.model), "params": plan.params, "flops_per_token": plan.flops_per_token}
 
 
-def dry_run(config: TrainConfig) -> dict[str, Any]:
-    """Parameters, operations and memory of a run, and one real optimizer step on random tokens. Writes nothing, reads no data."""
+def dry_run(config: TrainConfig, given: set[str] | None = None) -> dict[str, Any]:
+    """Parameters, operations and memory of a run, and one real optimizer step on random tokens. Writes nothing, reads no data.
+
+    given: see `train`.
+    """
     device = pick_device(config.device)
     plan = make_plan(config, device, 1)
     for line in plan.describe():
         say(line)
+    _say_inert(plan, given_fields(config) if given is None else given)
     say(f"memory: about {plan.memory_gib():.2f} GiB for {plan.rows} rows in {str(plan.dtype).removeprefix('torch.')}")
     memory = total_memory(device)
     half = max(1, plan.rows // 2)
