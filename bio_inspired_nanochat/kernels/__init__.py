@@ -4,25 +4,27 @@
     beta, state = presyn(U / tick, params, state, ...)                  biochemistry of every terminal over the ticks
     y           = tick_biased_attention(q, k, v, beta, tick, scale, ...)  attention whose logits carry the terminals' bias
 
-Backends: `reference` is the definition, `sdpa` the portable fast execution; `auto` takes `sdpa` wherever it can serve the
-call. An explicit backend that cannot serve a call is a UserError, never a silent replacement.
+Backends: `reference` is the definition, `sdpa` the portable fast execution, `triton` the kernels for CUDA (with
+TRITON_INTERPRET=1 also for the CPU); `auto` takes the fastest that can serve the call. An explicit backend that cannot serve
+a call is a UserError, never a silent replacement.
 
 Dimensions: B batch, H query heads, Hkv key heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.kernels import portable, reference
+from bio_inspired_nanochat.kernels import portable, reference, scan
 from bio_inspired_nanochat.kernels.masks import QStart, num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise, ReleaseSampler
 from bio_inspired_nanochat.kernels.reference import phi, presyn_bias, presyn_step, released
 from bio_inspired_nanochat.kernels.scan import running_sum
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "triton")
 
 __all__ = [
     "BACKENDS",
@@ -42,15 +44,37 @@ __all__ = [
 ]
 
 
-def _choose(operator: str, backend: str, obstacle: str | None = None) -> str:
-    """Resolve `backend` for one call; `obstacle` says why the sdpa execution cannot serve it."""
+def _choose(operator: str, backend: str, obstacles: dict[str, str | None]) -> str:
+    """Resolve `backend` for one call; `obstacles` says, fastest backend first, why it cannot serve the call (None: it can)."""
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is not valid for {operator}: one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "reference" if obstacle else "sdpa"
-    if backend == "sdpa" and obstacle:
-        raise UserError(f"backend='sdpa' cannot serve this {operator} call: {obstacle}; use backend='reference' or 'auto'")
+        return next((name for name, obstacle in obstacles.items() if obstacle is None), "reference")
+    if obstacles.get(backend):
+        raise UserError(f"backend={backend!r} cannot serve this {operator} call: {obstacles[backend]}; use backend='reference' or 'auto'")
     return backend
+
+
+def _off_triton(x: Tensor) -> str | None:
+    """Why Triton cannot take a tensor at all, or None."""
+    if scan.on_triton(x):
+        return None
+    return (
+        f"the tensors are on {x.device.type} (TRITON_INTERPRET=1 lets Triton take CPU tensors)"
+        if scan.HAS_TRITON
+        else "Triton is not installed"
+    )
+
+
+def _triton_attention_obstacle(q: Tensor, tick: int, rest: Tensor | None) -> str | None:
+    """Why the tiled kernels cannot serve a call, or None. rest: theta or beta, which must be float32."""
+    if obstacle := _off_triton(q):
+        return obstacle
+    from bio_inspired_nanochat.kernels import drive_triton, tiles  # imported late: a machine without Triton never gets here
+
+    if rest is not None and rest.dtype != torch.float32:
+        return f"thresholds and bias are {rest.dtype}, not float32"
+    return tiles.head_obstacle(q) or drive_triton.obstacle(tick)
 
 
 def tick_drive(
@@ -80,8 +104,12 @@ def tick_drive(
     Returns:
         [B, H, N, Tk] in theta's dtype, over the N ticks that the queries touch. Differentiable in q, k and theta.
     """
-    ragged = not isinstance(q_start, int) or q_len is not None
-    chosen = _choose("tick_drive", backend, "rows start at different positions" if ragged else None)
+    ragged = "rows start at different positions" if not isinstance(q_start, int) or q_len is not None else None
+    chosen = _choose("tick_drive", backend, {"triton": ragged or _triton_attention_obstacle(q, tick, theta), "sdpa": ragged})
+    if chosen == "triton":
+        from bio_inspired_nanochat.kernels import drive_triton
+
+        return drive_triton.tick_drive_op(q, k, theta, doc, tick, scale, q_start, window, kind)
     if chosen == "sdpa":
         return portable.tick_drive(q, k, theta, tick, scale, q_start=q_start, window=window, doc=doc, kind=kind)
     return reference.tick_drive(q, k, theta, tick, scale, q_start=q_start, window=window, doc=doc, q_len=q_len, kind=kind)
@@ -113,8 +141,10 @@ def presyn(
         beta [B, H, N, Tk], the bias of each tick from the state at its start, and the state at the start of the tick that
         is left open, with the drive collected in it. Differentiable in drive, params and state.
     """
-    obstacle = "rows close different numbers of ticks" if isinstance(closed, Tensor) else None
-    execution = portable if _choose("presyn", backend, obstacle) == "sdpa" else reference
+    ragged = "rows close different numbers of ticks" if isinstance(closed, Tensor) else None
+    kernel = ragged or _off_triton(drive) or portable.presyn_obstacle(params, noise, drive)
+    chosen = _choose("presyn", backend, {"triton": kernel, "sdpa": ragged})
+    execution = reference if chosen == "reference" else portable  # which runs the kernel wherever it can
     return execution.presyn(drive, params, state, closed, doc=doc, noise=noise, record=record)
 
 
@@ -138,5 +168,14 @@ def tick_biased_attention(
     Returns:
         y: [B, H, Tq, D] in v's dtype. Differentiable in q, k, v and beta.
     """
-    execution = portable if _choose("tick_biased_attention", backend) == "sdpa" else reference
+    if beta is None and backend == "triton":
+        backend = "sdpa"  # plain attention, for which it launches PyTorch's own flash kernel
+    obstacle = "plain attention" if beta is None else None if isinstance(q_start, int) else "rows start at different positions"
+    obstacle = obstacle or _triton_attention_obstacle(q, tick, beta)
+    chosen = _choose("tick_biased_attention", backend, {"triton": obstacle, "sdpa": None})
+    if chosen == "triton":
+        from bio_inspired_nanochat.kernels import attention_triton
+
+        return attention_triton.attention_op(q, k, v, beta, doc, tick, scale, q_start, window)[0]
+    execution = portable if chosen == "sdpa" else reference
     return execution.tick_biased_attention(q, k, v, beta, tick, scale, q_start=q_start, window=window, doc=doc)

@@ -150,7 +150,7 @@ def presyn(
     batch, heads, ticks, keys = drive.shape
     state = state or PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype, params=p)
     closed = ticks if closed is None else closed
-    if ticks and on_triton(drive) and _presyn_triton().obstacle(p, noise, drive) is None:
+    if ticks and on_triton(drive) and presyn_obstacle(p, noise, drive) is None:
         return _presyn_kernel(drive, p, state, closed, doc, noise, record)
     if not p.core or noise is not None:
         return reference.presyn(drive, p, state, closed, doc=doc, noise=noise, record=record)
@@ -161,6 +161,11 @@ def _presyn_triton() -> ModuleType:
     from bio_inspired_nanochat.kernels import presyn_triton  # imported late: a machine without Triton never gets here
 
     return presyn_triton
+
+
+def presyn_obstacle(p: PresynParams, noise: ReleaseNoise | None, drive: Tensor) -> str | None:
+    """Why the generated kernel cannot serve a call where there is Triton, or None."""
+    return _presyn_triton().obstacle(p, noise, drive)
 
 
 def _presyn_kernel(
