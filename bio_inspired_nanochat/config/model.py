@@ -26,7 +26,11 @@ class GPTConfig:
     value_embeds: bool = knob(True, "gated value embeddings on alternate layers", off=False)
     doc_mask: bool = knob(False, "a BOS token starts a document: attention and synapses do not look across it", off=False)
     bos_token_id: int = knob(0, "id of the token that starts a document, used with doc_mask", lo=0, hi=1 << 20)
-    backend: str = knob("auto", "execution of the attention operators: auto picks by device", choices=("auto", "reference", "sdpa", "triton"))
+    backend: str = knob(
+        "auto",
+        "execution of the attention operators: auto picks by device; fused trains whole layers in one kernel (core terminals on CUDA)",
+        choices=("auto", "reference", "sdpa", "triton", "fused"),
+    )
     init: str = knob(
         "standard",
         "initial q, k, v and mlp input matrices: standard draws uniform values, rule30 and rule116 read a cellular automaton",

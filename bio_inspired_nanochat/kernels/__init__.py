@@ -4,6 +4,8 @@
     beta, state = presyn(U / tick, params, state, ...)                  biochemistry of every terminal over the ticks
     y           = tick_biased_attention(q, k, v, beta, tick, scale, ...)  attention whose logits carry the terminals' bias
 
+and `fused_attention`, all three in one for whole sequences.
+
 Backends: `reference` is the definition, `sdpa` the portable fast execution, `triton` the kernels for CUDA (with
 TRITON_INTERPRET=1 also for the CPU); `auto` takes the fastest that can serve the call. An explicit backend that cannot serve
 a call is a UserError, never a silent replacement.
@@ -32,6 +34,8 @@ __all__ = [
     "PresynState",
     "ReleaseNoise",
     "ReleaseSampler",
+    "cannot_fuse",
+    "fused_attention",
     "num_ticks",
     "phi",
     "presyn",
@@ -179,3 +183,41 @@ def tick_biased_attention(
         return attention_triton.attention_op(q, k, v, beta, doc, tick, scale, q_start, window)[0]
     execution = portable if chosen == "sdpa" else reference
     return execution.tick_biased_attention(q, k, v, beta, tick, scale, q_start=q_start, window=window, doc=doc)
+
+
+def cannot_fuse(obstacle: str) -> UserError:
+    """The error of an explicit backend='fused' that has an obstacle."""
+    return UserError(f"backend='fused' cannot serve this synaptic layer: {obstacle}; use backend='auto'")
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    params: PresynParams,
+    scale: float,
+    largest: float,
+    *,
+    barrier: Tensor | None = None,
+    strength: Tensor | None = None,
+    kind: str = "phi",
+) -> Tensor:
+    """Drive, presyn and biased attention of whole sequences in one Triton operator; no tensor of queries x keys is stored.
+
+    Args:
+        q: [B, H, T, D]; k, v: [B, Hkv, T, D]; theta, scale, kind: as in `tick_drive`. Terminals start at rest.
+        largest: bound on |q . k * scale|, which QK norm gives. barrier: [B, H, T] float64 running sum L of costs >= 0, which
+            adds -strength (L_t - L_j) to the logit of query t and key j; strength: [H] >= 0.
+
+    Returns:
+        y [B, H, T, D]. Differentiable in every tensor. UserError when the kernels cannot serve the call.
+    """
+    obstacle = _triton_attention_obstacle(q, params.tick, theta)
+    if obstacle is None:
+        from bio_inspired_nanochat.kernels import fused
+
+        obstacle = fused.obstacle(params, largest)
+    if obstacle:
+        raise cannot_fuse(obstacle)
+    return fused.attention(q, k, v, theta, params, scale, largest, barrier=barrier, strength=strength, kind=kind)

@@ -59,6 +59,8 @@ TILES = {
     "drive_backward": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     "attention": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     "attention_backward": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    "fused": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    "fused_backward": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
 }
 WIDEST_HEAD = 128
 
@@ -67,7 +69,7 @@ def tile_for(kernel: str, head_dim: int, element_size: int, tick: int) -> Tile:
     """The tile of a kernel; float32 operands take twice the shared memory, so they get half the keys."""
     tile = TILES[kernel][head_dim > 64]
     if _interpreted():
-        return tile._replace(queries=max(16, tick), keys=16)
+        return tile._replace(queries=max(16, tick) if "fused" not in kernel else 32, keys=16)
     return tile if element_size <= 2 else tile._replace(queries=max(32, tick), keys=32, stages=1)
 
 

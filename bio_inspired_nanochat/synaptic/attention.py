@@ -15,14 +15,15 @@ from torch import Tensor
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import (
     PresynState,
+    cannot_fuse,
+    fused_attention,
     num_ticks,
     presyn,
     presyn_bias,
-    running_sum,
     tick_biased_attention,
     tick_drive,
 )
-from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
+from bio_inspired_nanochat.synaptic.layers import QK_SCALE, CausalSelfAttention
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
 
@@ -51,17 +52,40 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
         """Attention output [B, H, T, D] for whole sequences, terminals starting at rest."""
+        if self.fused:
+            return self._fused(x, q, k, v, extras)
         tokens = q.shape[2]
         beta = None
         if self.cfg.presyn:
             drive = self._drive(q, k, window=self.window, doc=extras.doc)
             beta, _ = presyn(drive, self.synapse.params(), closed=tokens // self.tick, backend=self.backend, **extras._asdict())
         if self.cfg.barrier != "none":
-            total = running_sum(self.synapse.barrier_cost(x)) if self.cfg.barrier == "gated" else None
+            total = self.synapse.barrier_total(x) if self.cfg.barrier == "gated" else None
             first = torch.arange(0, tokens, self.tick, device=x.device)[None]
             barrier = self.synapse.barrier_bias(total, first, tokens)
             beta = barrier if beta is None else beta + barrier
         return self._biased(q, k, v, beta, doc=extras.doc)
+
+    def _fused(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
+        obstacle = None
+        if not self.cfg.presyn:
+            obstacle = "it has no presynaptic terminals"
+        elif self.window is not None or extras.doc is not None:
+            obstacle = "sliding windows and doc_mask are on the split path"
+        elif extras.noise is not None or extras.record is not None:
+            obstacle = "stochastic release, telemetry and auxiliary losses are on the split path"
+        if obstacle:
+            raise cannot_fuse(obstacle)
+        synapse, barrier, strength = self.synapse, None, None
+        if self.cfg.barrier != "none":
+            barrier, strength = synapse.barrier_total(x), synapse.strength()
+        largest = 1.01 * QK_SCALE**2 * self.head_dim * self.scale  # QK norm, and a little for rounding
+        return fused_attention(
+            *(q, k, v, synapse.theta_value(), synapse.params(), self.scale, largest),
+            barrier=barrier,
+            strength=strength,
+            kind=self.cfg.drive,
+        )
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""

@@ -62,7 +62,8 @@ class CausalSelfAttention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.tick = config.syn_cfg.tick
         self.window = config.window(layer)
-        self.backend = config.backend
+        self.fused = config.backend == "fused"  # for whole sequences; what it does not cover takes the fastest that can
+        self.backend = "auto" if self.fused else config.backend
         self.q = Linear(config.n_embd, config.n_head * config.head_dim)
         self.k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.v = Linear(config.n_embd, config.n_kv_head * config.head_dim)

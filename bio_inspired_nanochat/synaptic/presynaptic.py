@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
-from bio_inspired_nanochat.kernels import PresynParams, ReleaseSampler
+from bio_inspired_nanochat.kernels import PresynParams, ReleaseSampler, running_sum
 from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic.genome import Proteins, Xi
 
@@ -170,6 +170,18 @@ class Presynaptic(nn.Module):
         gate = F.linear(x, self.gate_weight.to(x.dtype)).to(dtype) + self.gate_bias.to(dtype)
         return F.softplus(-gate.transpose(1, 2).contiguous())
 
+    def barrier_total(self, x: Tensor) -> Tensor:
+        """Running sum L of the barrier's costs, [B, H, T] float64: of the gate, or of the slope per token (linear)."""
+        if self.cfg.barrier == "gated":
+            return running_sum(self.barrier_cost(x))
+        position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
+        return (self._slopes(x.device).to(torch.float64)[:, None] * position).expand(x.shape[0], -1, -1)
+
+    def _slopes(self, device: torch.device) -> Tensor:
+        """Slopes of the linear barrier per head, [H], spread geometrically (Press et al. 2022)."""
+        heads = len(self.barrier_strength)
+        return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
+
     def barrier_bias(self, total: Tensor | None, first: Tensor, keys: int) -> Tensor:
         """The barrier as a per-key bias [B or 1, H, N, Tk], up to a constant per query row that softmax cancels.
 
@@ -178,8 +190,7 @@ class Presynaptic(nn.Module):
         """
         strength = self.strength()
         if total is None:
-            heads = len(strength)
-            slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=strength.device) / heads)
+            slopes = self._slopes(strength.device)
             distance = (torch.arange(keys, device=strength.device) - first[:, :, None]).to(strength.dtype)
             return (strength * slopes.to(strength.dtype))[:, None, None] * distance[:, None]
         index = first.clamp(max=keys - 1).expand(total.shape[0], -1)[:, None].expand(-1, total.shape[1], -1)

@@ -1,0 +1,118 @@
+"""The fused layer equals the three operators of the reference in a row: output and every gradient."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bio_inspired_nanochat import kernels
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.kernels import PresynParams
+from bio_inspired_nanochat.synaptic import Presynaptic
+from tests.contract import make_ids, make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, barrier=True, kind="phi", **constants):
+    """The output and all gradients by name; `exact` computes from the same numbers in float64 by the reference."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(
+        SynapticConfig.preset("core"), **{"tick": tick, "release_rate": 0.2, "alpha_ca": 0.3, "theta": 0.0} | constants
+    )
+    module = Presynaptic(GPTConfig(n_head=heads, n_kv_head=kv_heads, n_embd=dim * heads, synapses=True, syn_cfg=cfg))
+    module.init_weights()
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    module.gain_depletion.data += 1
+    module.to(device)
+    q, k, v = (torch.randn(2, h, length, dim) for h in (heads, kv_heads, kv_heads))
+    q, k = (F.rms_norm(side, (dim,)) * 1.2 for side in (q, k))
+    cost, weight = torch.rand(2, heads, length) * 0.3, torch.randn(2, heads, length, dim).to(device)
+    q, k, v = (value.to(device, dtype).to(torch.float64 if exact else dtype).requires_grad_() for value in (q, k, v))
+    cost = cost.to(device).double().requires_grad_()
+    strength = torch.linspace(0.5, 1.5, heads, device=device).requires_grad_()
+    scale, params, theta, total = dim**-0.5, module.params(), module.theta_value(), cost.cumsum(-1)
+    gate = {"barrier": total, "strength": strength} if barrier else {}
+    if exact:
+        params = PresynParams(*[value.double() if isinstance(value, torch.Tensor) else value for value in params])
+        drive = kernels.tick_drive(q, k, theta.double(), tick, scale, kind=kind, backend="reference") / tick
+        beta, _ = kernels.presyn(drive, params, closed=length // tick, backend="reference")
+        if barrier:
+            first = torch.arange(0, length, tick, device=device)
+            beta = beta + strength.double()[:, None, None] * (total[:, :, None] - total[:, :, first][..., None])
+        y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, backend="reference")
+    else:
+        y = kernels.fused_attention(q, k, v, theta, params, scale, 1.45 * dim**0.5, kind=kind, **gate)
+    leaves = {"q": q, "k": k, "v": v, "cost": cost, "strength": strength, **dict(module.named_parameters())}
+    grads = torch.autograd.grad((y * weight.to(y)).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {"y": y, **dict(zip(leaves, grads, strict=True))}
+
+
+def compare(device, dtype, length, tick, dim, tolerance, **options):
+    got, want = run(False, device, dtype, length, tick, dim, **options), run(True, device, dtype, length, tick, dim, **options)
+    again = run(False, device, dtype, length, tick, dim, **options) if device == "cuda" else got
+    for name, value in want.items():
+        error = (got[name].double() - value).norm() / value.norm().clamp(min=1)
+        assert error <= tolerance, f"{name} is off by {error:.1e} (T={length}, c={tick}, D={dim}, {options})"
+        assert torch.equal(got[name], again[name]), f"{name} differs between two runs"
+
+
+def interpreted():
+    compare("cpu", torch.float32, 65, 8, 16, 1e-5, heads=4)
+    compare("cpu", torch.float32, 33, 4, 16, 1e-5, kv_heads=1, syt_mix=1.0)
+    compare("cpu", torch.float32, 20, 16, 16, 1e-5, kind="softplus", barrier=False)
+    compare("cpu", torch.float32, 3, 1, 16, 1e-5)
+    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2}
+    for synapses in ("bias_limit", "default"):
+        model, plain = (make_model(synapses, backend=backend, **sizes) for backend in ("fused", "reference"))
+        assert torch.allclose(model(make_ids()), plain(make_ids()), rtol=0, atol=1e-4)
+    linear = {"syn_cfg": dataclasses.replace(SynapticConfig(), barrier="linear"), "synapses": True}
+    models = [
+        GPT(GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, backend=backend, **sizes, **linear)) for backend in ("fused", "sdpa")
+    ]
+    for model in models:
+        model.head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(models[0](make_ids()), models[1](make_ids()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_fused_layer_equals_the_reference_in_the_interpreter():
+    """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
+    code = "from tests.kernels.test_fused import interpreted\ninterpreted()"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    if "only 0-dimensional arrays can be converted" in result.stderr:
+        pytest.skip("this Triton's interpreter does not work with the installed NumPy")
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("tick", [1, 4, 8, 16])
+def test_the_fused_layer_equals_the_reference_on_the_gpu(dtype, tolerance, dim, tick):
+    for length in (1, 7, 63, 64, 65, 500):
+        compare("cuda", dtype, length, tick, dim, tolerance, heads=4)
+
+
+@pytest.mark.parametrize(
+    "synapses, overrides, reason",
+    [
+        ("default", {}, "the tensors are on cpu"),
+        ("barrier_gated", {}, "no presynaptic terminals"),
+        ("default", {"window_pattern": "SL"}, "sliding windows"),
+        ("default", {"doc_mask": True}, "doc_mask"),
+    ],
+)
+def test_what_the_fused_layer_cannot_serve_is_an_error_with_the_reason(synapses, overrides, reason):
+    with pytest.raises(UserError, match=f"backend='fused' cannot serve this synaptic layer: .*{reason}"):
+        make_model(synapses, backend="fused", **overrides)(make_ids())
