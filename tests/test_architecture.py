@@ -32,6 +32,7 @@ LAYERS = [
     "tasks",
     "evaluation",
     "training",
+    "benchmarks",
     "study",
     "tuning",
     "neuroviz",

@@ -50,6 +50,12 @@ TRAINING = {
 TINY: dict[str, dict[str, object]] = {
     "scripts.base_train": TRAINING,
     "scripts.base_eval": {"eval_tokens": 128, "samples": 1, "max_tokens": 4, "device": "cpu"},
+    "scripts.bench_kernels": {"head_dim": 16, "context": 32, "seconds": 0, "device": "cpu"},
+    "scripts.bench_train": {
+        **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
+        "seconds": 0,
+    },
+    "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},

@@ -106,11 +106,20 @@ def _bias(calcium: Tensor, vesicles: Tensor, p: PresynParams) -> list[Tensor]:
 HELPERS = """
 import triton
 import triton.language as tl
-from bio_inspired_nanochat.kernels.drive_triton import _drive as raise_drive, _slope as raise_slope
+from bio_inspired_nanochat.kernels.tiles import reciprocal
 
 @triton.jit
 def affine(a0, b0, a1, b1):
     return a0 * a1, b0 * a1 + b1
+
+@triton.jit
+def raise_drive(x, scale, theta, KIND: tl.constexpr):
+    if KIND == 0:
+        half = tl.maximum(x * (0.5 * scale) + (0.5 - 0.5 * theta), 0.0)
+        slope = tl.minimum(half, 1.0)
+        return slope * slope + 2.0 * (half - slope), slope
+    above = x * scale - theta
+    return tl.maximum(above, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(above))), reciprocal(1.0 + tl.exp(-above))
 
 @triton.jit
 def tick_sum(x, K: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
@@ -192,21 +201,21 @@ key = block * K + tl.arange(0, K)
 live = key < tokens
 k = tl.load(k_ptr + (source + key[:, None]) * D + depth, mask=live[:, None], other=0.0)"""
 STATES = """\
-c0 = tl.load(check_ptr + tile * 2 * size + row * tokens + key, mask=live, other=0.0)
-r0 = tl.load(check_ptr + (tile * 2 + 1) * size + row * tokens + key, mask=live, other=1.0)"""
+ca_start = tl.load(check_ptr + tile * 2 * size + row * tokens + key, mask=live, other=0.0)
+pool_start = tl.load(check_ptr + (tile * 2 + 1) * size + row * tokens + key, mask=live, other=1.0)"""
 QUERIES = """\
 place = tile * M + times(M)
 real = place < tokens
 at = (row * tokens + place[:, None]) * D + depth
 q = tl.load(q_ptr + at, mask=real[:, None], other=0.0)"""
 DRIVE = """\
-x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-raised = raise_drive(x - theta, KIND)
+x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+raised, slope = raise_drive(x, scale, theta, KIND)
 if tile * M < block * K + K:
     raised = tl.where(place[None, :] > key[:, None], raised, 0.0)
 drive = tick_sum(raised, K, M, C) * (1.0 / C)"""
 LOGIT = """\
-logit = x + tick_spread(beta, K, M, C)
+logit = x * scale + tick_spread(beta, K, M, C)
 if BARRIER:
     gap = (tl.load(barrier_ptr + row * tokens + key, mask=live, other=0.0) - origin).to(tl.float32)[:, None] - cost[None, :]
     logit += strength * gap"""
@@ -224,7 +233,7 @@ if (tile * M < block * K + K) | (tile == tiles - 1):
     weight = tl.where((place[None, :] >= key[:, None]) & real[None, :] & live[:, None], weight, 0.0)
 g = weight * (tl.dot(v, tl.trans(gy), input_precision=PRECISION) - delta[None, :])"""
 SLOPE = """\
-spread = raise_slope(x - theta, KIND) * tick_spread(gu, K, M, C)
+spread = slope * tick_spread(gu, K, M, C)
 if tile * M < block * K + K:
     spread = tl.where(place[None, :] > key[:, None], spread, 0.0)"""
 COTANGENTS = """\
@@ -240,13 +249,13 @@ def _replay(influx: Part, pool: Part, bias: Part | None) -> list[str]:
         *influx.lines,
         f"cdecay, cadd = {', '.join(influx.outputs)}",
         "ca, cb = tl.associative_scan((cdecay, cadd), 1, affine)",
-        "calcium_after = ca * c0[:, None] + cb",
-        "calcium = before(calcium_after, c0, N, K)",
+        "calcium_after = ca * ca_start[:, None] + cb",
+        "calcium = before(calcium_after, ca_start, N, K)",
         *pool.lines,
         f"rdecay, radd = {', '.join(pool.outputs)}",
         "ra, rb = tl.associative_scan((rdecay, radd), 1, affine)",
-        "vesicles_after = ra * r0[:, None] + rb",
-        "vesicles = before(vesicles_after, r0, N, K)",
+        "vesicles_after = ra * pool_start[:, None] + rb",
+        "vesicles = before(vesicles_after, pool_start, N, K)",
     ]
     return lines if bias is None else [*lines, *bias.lines, f"beta = {bias.outputs[0]}"]
 
@@ -262,14 +271,14 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
 
     states = [
         *split(HEAD), *once, "block = tl.program_id(0)", *split(KEYS),
-        "c0 = tl.zeros([K], tl.float32)",
-        "r0 = tl.full([K], 1.0, tl.float32)",
+        "ca_start = tl.zeros([K], tl.float32)",
+        "pool_start = tl.full([K], 1.0, tl.float32)",
         "for tile in range(block * K // M, tiles):",
-        "    tl.store(check_ptr + tile * 2 * size + row * tokens + key, c0, mask=live)",
-        "    tl.store(check_ptr + (tile * 2 + 1) * size + row * tokens + key, r0, mask=live)",
+        "    tl.store(check_ptr + tile * 2 * size + row * tokens + key, ca_start, mask=live)",
+        "    tl.store(check_ptr + (tile * 2 + 1) * size + row * tokens + key, pool_start, mask=live)",
         *_indent([*split(QUERIES), *split(DRIVE), *_replay(influx, pool, None)], 1),
-        "    c0 = pick(calcium_after, N - 1, N)",
-        "    r0 = pick(vesicles_after, N - 1, N)",
+        "    ca_start = pick(calcium_after, N - 1, N)",
+        "    pool_start = pick(vesicles_after, N - 1, N)",
     ]  # fmt: skip
     attend = [
         *split(HEAD), *once, "tile = tiles - 1 - tl.program_id(0)", *split(QUERIES), *split(COST),
@@ -352,7 +361,8 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         *_indent([
             *split(KEYS),
             "v = tl.load(v_ptr + (source + key[:, None]) * D + depth, mask=live[:, None], other=0.0)",
-            "x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale",
+            "x = tl.dot(k, tl.trans(q), input_precision=PRECISION)",
+            "raised, slope = raise_drive(x, scale, theta, KIND)",
             "tick = tile * N + tl.arange(0, N)",
             "there = row * ticks * tokens + (tick[None, :] * tokens + key[:, None])",
             "beta = tl.load(beta_ptr + there, mask=live[:, None] & (tick[None, :] < ticks), other=0.0)",

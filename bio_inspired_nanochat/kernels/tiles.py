@@ -11,6 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to one unit in the last place."""
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
 
 @triton.jit
 def allowed(place, key, real, keys, doc_ptr, batch, docs, window, WINDOW: tl.constexpr, DOC: tl.constexpr, DIAGONAL: tl.constexpr):

@@ -1,0 +1,229 @@
+"""`bench_train`: one optimizer step of a vanilla and a synaptic model, side by side on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bio_inspired_nanochat.benchmarks.records import (
+    DEVICES,
+    DTYPES,
+    check_record_path,
+    free_unused,
+    keep_record,
+    place,
+    quartiles,
+    short,
+    shown,
+)
+from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Mark, Spread, interleave, paired_ratio, warm_up
+from bio_inspired_nanochat.common import pick_device, progress, say, table
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.optim import build_optimizer
+from bio_inspired_nanochat.training import TrainConfig, guards
+from bio_inspired_nanochat.training.clock import wait_for_device
+from bio_inspired_nanochat.training.hardware import GIB, peak_flops
+from bio_inspired_nanochat.training.loop import Objective
+from bio_inspired_nanochat.training.plan import Plan, make_plan
+from bio_inspired_nanochat.training.run import build_model
+
+_MODELS = ("vanilla", "synaptic")
+_CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512, "device_batch_size": 2}
+_TRAINING = knobs_of(TrainConfig)
+COLUMNS = ("model", "step ms", "quartiles", "forward+backward ms", "tok/s", "MFU", "memory GiB", "parameters", "steps")
+
+
+@dataclass(frozen=True)
+class BenchTrainConfig:
+    """Two models of one size and batch. Sizes that are auto are those of training on CUDA, and small elsewhere."""
+
+    depth: int | None = knob(None, "number of layers, the width follows; auto is 12 on CUDA, 2 elsewhere", lo=1, hi=256)
+    n_embd: int | None = knob(None, "width; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
+    head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
+    max_seq_len: int | None = knob(None, "context length; auto is that of training on CUDA, 128 elsewhere", lo=2, hi=1 << 20, unit="tokens")
+    vocab_size: int | None = knob(None, "token ids; auto is that of training on CUDA, 512 elsewhere", lo=266, hi=1 << 20)
+    device_batch_size: int | None = knob(
+        None, "rows of one forward; auto is what the synaptic model fits on CUDA, 2 elsewhere", lo=1, hi=1 << 20, aliases=("batch_size",)
+    )
+    total_batch_size: int | None = knob(None, "tokens of one optimizer step; auto is one forward", lo=1, hi=1 << 40, unit="tokens")
+    backend: str = knob("auto", "execution of the attention operators", choices=_TRAINING["backend"].choices)
+    syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
+    syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
+    compile: str = knob("auto", "torch.compile of both; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    seconds: float = knob(60.0, "time for the timed steps; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
+    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
+    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    seed: int = knob(0, "seed of weights and tokens", lo=0, hi=(1 << 63) - 1)
+    json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if not self.syn_cfg.active:
+            raise UserError("the synaptic model has neither terminals nor barrier: there is nothing to compare; use --syn_preset=default")
+
+
+class Trainee:
+    """A model in training on one batch of random tokens: what a step of it takes."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self.model = build_model(plan, device)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(),
+            self.model.param_roles(),
+            plan.config.optim,
+            n_embd=plan.model.n_embd,
+            batch_tokens=plan.tokens_per_step,
+        )
+        self.objective = Objective(self.model, plan.config.seed)
+        if plan.config.compile == "1":
+            self.model.compile_regions()
+        generator = torch.Generator().manual_seed(plan.config.seed)
+        tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
+        self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def forward(self) -> Tensor:
+        """The loss of one micro-batch, its share of the step's."""
+        return self.objective(self.idx, self.targets)[0] / self.plan.accumulation
+
+    def step(self, mark: Mark) -> None:
+        """One optimizer step; the mark stands between the last backward and the optimizer."""
+        self.optimizer.schedule(0, 1)
+        for _ in range(self.plan.accumulation):
+            self.forward().backward()
+        mark()
+        self.optimizer.clip_grad_norm()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def memory(self) -> int:
+        """Bytes that training this model takes, without the other model, after a first step.
+
+        On CUDA the allocator's peak over one step; elsewhere the tensors that a step needs at once: weights, gradients,
+        optimizer state and what the forward keeps for the backward.
+        """
+        if self.device.type == "cuda":
+            wait_for_device(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step(lambda: None)
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.forward()
+        entries = self.optimizer.state_dict()["parameters"].values()
+        states = sum(value.nbytes for entry in entries for value in entry["state"].values() if isinstance(value, Tensor))
+        return sum(2 * parameter.nbytes for parameter in self.model.parameters()) + states + sum(saved.values())
+
+
+def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
+    """Train both models in turns, print the table; returns the script's last line. Raises UserError for what cannot be."""
+    check_record_path(config.json)
+    device = pick_device(config.device)
+    plans = make_plans(config, device)
+    where = place(device, plans[0].dtype)
+    for plan in plans:
+        say(plan.describe()[0])
+    say(plans[0].describe()[1].partition(";")[0])
+    try:
+        with guards.out_of_memory_as_user_error(plans[0].rows, lambda: max(1, plans[0].rows // 2), where["device"]):
+            courses, memory = _measure(plans, device, config.seconds)
+    finally:
+        free_unused(device)
+    record = where | _ratios(courses, memory)
+    record["memory_of"] = (
+        "allocator peak" if device.type == "cuda" else "weights, gradients, optimizer state, tensors kept for the backward"
+    )
+    results = [_result(plan, course, held, device) for plan, course, held in zip(plans, courses, memory, strict=True)]
+    table(COLUMNS, [_cells(name, result, course) for name, result, course in zip(_MODELS, results, courses, strict=True)])
+    say(f"synaptic / vanilla: step {record['step_ratio']}, memory {record['memory_ratio']}")
+    model, plan = plans[1].model, plans[1]
+    record |= {"depth": model.n_layer, "n_embd": model.n_embd, "head_dim": model.head_dim, "max_seq_len": model.sequence_len}
+    record |= {"vocab_size": model.vocab_size, "device_batch_size": plan.rows, "total_batch_size": plan.tokens_per_step}
+    record |= {"tick": model.syn_cfg.tick, "syn_preset": config.syn_preset, "backend": model.backend}
+    record |= {"compiled": plan.config.compile == "1", **dict(zip(_MODELS, results, strict=True))}
+    keep_record(config.json, record)
+    return record
+
+
+def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, Plan]:
+    """The vanilla and the synaptic plan, of one batch."""
+    sizes = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
+    if device.type != "cuda":
+        sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
+    shared = {name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "dtype", "seed")}
+    base = TrainConfig(**sizes, **shared, num_iterations=1)
+    synaptic = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
+    rows = config.device_batch_size or make_plan(synaptic, device, 1).rows
+    length = make_plan(dataclasses.replace(base, device_batch_size=1), device, 1).model.sequence_len
+    batch = {"device_batch_size": rows, "total_batch_size": config.total_batch_size or rows * length}
+    vanilla, synaptic = (make_plan(dataclasses.replace(one, **batch), device, 1) for one in (base, synaptic))
+    return vanilla, synaptic
+
+
+def _measure(plans: Sequence[Plan], device: torch.device, seconds: float) -> tuple[list[Course], list[int]]:
+    """Courses of the steps and bytes of both models, which are on the device together."""
+    if device.type == "cuda":  # the workspaces of matrix products belong to neither model
+        for dtype in {torch.float32, plans[0].dtype}:
+            square = torch.ones(256, 256, device=device, dtype=dtype)
+            (square @ square).sum().item()
+    trainees, memory = [], []
+    for name, plan in zip(_MODELS, plans, strict=True):
+        began = time.perf_counter()
+        trainee = Trainee(plan, device)
+        warm_up(Competitor(trainee.step), device)
+        memory.append(trainee.memory())
+        trainees.append(trainee)
+        say(f"{name}: ready after {time.perf_counter() - began:.1f} s")
+    competitors = {name: Competitor(trainee.step) for name, trainee in zip(_MODELS, trainees, strict=True)}
+    with progress(None, "both models", "steps") as bar:
+        courses = interleave(competitors, device, seconds, on_round=bar.advance)
+    return list(courses.values()), memory
+
+
+def _ratios(courses: Sequence[Course], memory: Sequence[int]) -> dict[str, Any]:
+    """Synaptic over vanilla."""
+    vanilla, synaptic = courses
+    step, work = (paired_ratio(a, b) for a, b in ((synaptic.total(), vanilla.total()), (synaptic.phase(0), vanilla.phase(0))))
+    assert step is not None and work is not None
+    record: dict[str, Any] = {"step_ratio": short(step.median), "step_ratio_quartiles": quartiles(step)}
+    record |= {"memory_ratio": short(memory[1] / memory[0])}
+    return record | {"forward_backward_ratio": short(work.median), "forward_backward_ratio_quartiles": quartiles(work)}
+
+
+def _result(plan: Plan, course: Course, memory: int, device: torch.device) -> dict[str, Any]:
+    """One model for the record: milliseconds, tokens per second, share of the peak operations, GiB."""
+    step, work = course.spread(), course.spread(0)
+    speed = plan.tokens_per_step / step.median
+    peak = peak_flops(device, plan.dtype)
+    return {
+        "step_ms": short(step.median * 1e3),
+        "step_ms_quartiles": quartiles(step.times(1e3)),
+        "forward_backward_ms": short(work.median * 1e3),
+        "tok_per_s": short(speed),
+        "mfu": None if peak is None else short(plan.flops_per_token * speed / peak),
+        "memory_gib": short(memory / GIB),
+        "params": plan.params,
+        "steps": step.count,
+    }
+
+
+def _cells(name: str, result: dict[str, Any], course: Course) -> tuple:
+    columns = ("forward_backward_ms", "tok_per_s", "mfu", "memory_gib", "params", "steps")
+    spread: Spread = course.spread().times(1e3)
+    return (name, result["step_ms"], shown(spread), *map(result.get, columns))
