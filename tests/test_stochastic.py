@@ -78,7 +78,9 @@ def test_monte_carlo_gives_the_predictive_mean_and_its_variance(monkeypatch):
     model, ids = noisy_model(monkeypatch), make_ids()
     with torch.no_grad():
         out = model.run(ids, make_ids(seed=2), noise_seed=3, samples=6)
-        passes = torch.stack([torch.softmax(model._pass(ids, None, False, model._noise(ids, 3, None, sample=s)).logits, -1) for s in range(6)])
+        passes = torch.stack(
+            [torch.softmax(model._pass(ids, None, False, model._noise(ids, 3, None, sample=s)).logits, -1) for s in range(6)]
+        )
     torch.testing.assert_close(out.logits.exp(), passes.mean(0), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(out.variance, passes.var(0), rtol=1e-3, atol=1e-9)
     assert out.variance.max() > 1e-6 and out.loss > 0

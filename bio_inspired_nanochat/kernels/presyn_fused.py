@@ -96,11 +96,11 @@ def _influx(drive: Tensor, p: PresynParams) -> list[Tensor]:
 def _pool(calcium: Tensor, drive: Tensor, p: PresynParams) -> list[Tensor]:
     logit = release_logit(PresynState(calcium, calcium, calcium), p)
     decay, target, _ = pool_step(p.release_rate * torch.sigmoid(logit) * drive, 1 / p.tau_rrp, p)
-    return [decay, target * (1 - decay)]
+    return [decay, target * (1 - decay), logit]
 
 
-def _bias(calcium: Tensor, vesicles: Tensor, p: PresynParams) -> list[Tensor]:
-    return [terminal_bias(PresynState(calcium, vesicles, calcium), p)]
+def _bias(logit: Tensor, vesicles: Tensor, p: PresynParams) -> list[Tensor]:
+    return [terminal_bias(PresynState(logit, vesicles, logit), p, logit)]
 
 
 HELPERS = """
@@ -169,8 +169,8 @@ def kernels_for(text: str) -> Kernels:
     spec = Spec.parse(text)
     with torch.no_grad():
         influx = _part(spec, _influx, ["drive"], ["gcdecay", "gcadd"], "i")
-        pool = _part(spec, _pool, ["calcium", "drive"], ["grdecay", "gradd"], "p")
-        bias = _part(spec, _bias, ["calcium", "vesicles"], ["gbeta"], "b")
+        pool = _part(spec, _pool, ["calcium", "drive"], ["grdecay", "gradd", "glogit"], "p")
+        bias = _part(spec, _bias, ["release", "vesicles"], ["gbeta"], "b")
     source = HELPERS + "\n".join(_texts(spec, influx, pool, bias))
     name = f"<fused presyn kernels {text}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
@@ -217,8 +217,8 @@ drive = tick_sum(raised, K, M, C) * (1.0 / C)"""
 LOGIT = """\
 logit = x * scale + tick_spread(beta, K, M, C)
 if BARRIER:
-    gap = (tl.load(barrier_ptr + row * tokens + key, mask=live, other=0.0) - origin).to(tl.float32)[:, None] - cost[None, :]
-    logit += strength * gap"""
+    nearness = (tl.load(barrier_ptr + row * tokens + key, mask=live, other=0.0) - origin).to(tl.float32)
+    logit += strength * (nearness[:, None] - cost[None, :])"""
 COST = """\
 strength = 0.0
 cost = tl.zeros([M], tl.float32)
@@ -252,7 +252,7 @@ def _replay(influx: Part, pool: Part, bias: Part | None) -> list[str]:
         "calcium_after = ca * ca_start[:, None] + cb",
         "calcium = before(calcium_after, ca_start, N, K)",
         *pool.lines,
-        f"rdecay, radd = {', '.join(pool.outputs)}",
+        f"rdecay, radd, release = {', '.join(pool.outputs)}",
         "ra, rb = tl.associative_scan((rdecay, radd), 1, affine)",
         "vesicles_after = ra * pool_start[:, None] + rb",
         "vesicles = before(vesicles_after, pool_start, N, K)",
@@ -305,7 +305,8 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         *split(HEAD), *once, "block = tl.program_id(0)", *split(KEYS),
         "v = tl.load(v_ptr + (source + key[:, None]) * D + depth, mask=live[:, None], other=0.0)",
         *(f"a{name} = tl.zeros([K, N], tl.float32)" for name in names),
-        *(f"{name} = tl.zeros([K], tl.float32)" for name in ("gc", "gr", "gtheta", "gbarrier", "gstrength")),
+        *(f"{name} = tl.zeros([K], tl.float32)" for name in ("gc", "gr")),
+        *(f"{name} = tl.zeros([K, N], tl.float32)" for name in ("gtheta", "gbarrier", "gstrength")),
         "gk = tl.zeros([K, D], tl.float32)",
         "gv = tl.zeros([K, D], tl.float32)",
         "for back in range(block * K // M, tiles):",
@@ -315,15 +316,15 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         *_indent([
             "gv += tl.dot(weight.to(gy.dtype), gy, input_precision=PRECISION)",
             "gbeta = tick_sum(g, K, M, C)",
-            "if BARRIER:",
-            "    gbarrier += tl.sum(g, 1) * strength",
-            "    gstrength += tl.sum(g * gap, 1)",
-            *bias.reverse, f"gcalcium, gvesicles = {', '.join(bias.gradients[:2])}", *collect(bias, 2),
+            "if BARRIER:",  # every row of g sums to zero, so a part of the gap that is common to a row drops out
+            "    gbarrier += gbeta * strength",
+            "    gstrength += gbeta * nearness[:, None]",
+            *bias.reverse, f"glogit, gvesicles = {', '.join(bias.gradients[:2])}", *collect(bias, 2),
             "ga, gb = tl.associative_scan((rdecay, gvesicles), 1, affine, reverse=True)",
             "gvesicles = ga * gr[:, None] + gb",
             "gradd = behind(gvesicles, gr, N, K)",
             "grdecay = gradd * vesicles",
-            *pool.reverse, f"gcalcium += {pool.gradients[0]}", f"gdrive = {pool.gradients[1]}", *collect(pool, 2),
+            *pool.reverse, f"gcalcium = {pool.gradients[0]}", f"gdrive = {pool.gradients[1]}", *collect(pool, 2),
             "ga, gb = tl.associative_scan((cdecay, gcalcium), 1, affine, reverse=True)",
             "gcalcium = ga * gc[:, None] + gb",
             "gcadd = behind(gcalcium, gc, N, K)",
@@ -337,7 +338,7 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
             "tl.store(beta_ptr + there, beta, mask=live[:, None] & (tick[None, :] < ticks))",
             "tl.store(gu_ptr + there, gu, mask=live[:, None] & (tick[None, :] < ticks))",
             *split(SLOPE),
-            "gtheta -= tl.sum(spread, 1)",
+            "gtheta -= tick_sum(spread, K, M, C)",
             "g += spread",
             "gk += tl.dot(g.to(q.dtype), q, input_precision=PRECISION)",
         ], 1),
@@ -345,10 +346,10 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         "tl.store(gk_ptr + own, gk * scale, mask=live[:, None])",
         "tl.store(gv_ptr + own, gv, mask=live[:, None])",
         "blocks = tl.num_programs(0)",
-        "tl.store(gtheta_ptr + row * blocks + block, tl.sum(tl.where(live, gtheta, 0.0), 0))",
+        "tl.store(gtheta_ptr + row * blocks + block, tl.sum(tl.where(live, tl.sum(gtheta, 1), 0.0), 0))",
         "if BARRIER:",
-        "    tl.store(gbarrier_ptr + row * tokens + key, gbarrier, mask=live)",
-        "    tl.store(gstrength_ptr + row * blocks + block, tl.sum(tl.where(live, gstrength, 0.0), 0))",
+        "    tl.store(gbarrier_ptr + row * tokens + key, tl.sum(gbarrier, 1), mask=live)",
+        "    tl.store(gstrength_ptr + row * blocks + block, tl.sum(tl.where(live, tl.sum(gstrength, 1), 0.0), 0))",
         *(
             f"tl.store(gh_ptr + ({i} * tl.num_programs(1) + row) * blocks + block, tl.sum(tl.where(live, tl.sum(a{name}, 1), 0.0), 0))"
             for i, name in enumerate(names)
