@@ -109,6 +109,8 @@ def tick_drive(
         [B, H, N, Tk] in theta's dtype, over the N ticks that the queries touch. Differentiable in q, k and theta.
     """
     ragged = "rows start at different positions" if not isinstance(q_start, int) or q_len is not None else None
+    if backend == "auto" and q.shape[2] == 1 and not ragged:
+        backend = "sdpa"  # a single query leaves most of a tile idle
     chosen = _choose("tick_drive", backend, {"triton": ragged or _triton_attention_obstacle(q, tick, theta), "sdpa": ragged})
     if chosen == "triton":
         from bio_inspired_nanochat.kernels import drive_triton
@@ -128,6 +130,7 @@ def presyn(
     doc: Tensor | None = None,
     noise: ReleaseNoise | None = None,
     record: dict[str, Tensor] | None = None,
+    causal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, PresynState]:
     """Run every terminal over N ticks, elementwise per (b, h, j) and sequential over n (lateral inhibition looks across j).
@@ -140,6 +143,7 @@ def presyn(
         noise: draws for stochastic release with `params.sampler`; its first_tick is the absolute index of the first tick here.
         record: a dictionary to fill with the course of the terminals, [B, H, N, Tk] each: the state at the start of every tick
             (calcium, vesicles and the optional parts that exist), bias, and what was released during it.
+        causal: the caller's promise that key j has no drive before tick j // c, as in a pass from position 0; saves half the work.
 
     Returns:
         beta [B, H, N, Tk], the bias of each tick from the state at its start, and the state at the start of the tick that
@@ -148,8 +152,10 @@ def presyn(
     ragged = "rows close different numbers of ticks" if isinstance(closed, Tensor) else None
     kernel = ragged or _off_triton(drive) or portable.presyn_obstacle(params, noise, drive)
     chosen = _choose("presyn", backend, {"triton": kernel, "sdpa": ragged})
-    execution = reference if chosen == "reference" else portable  # which runs the kernel wherever it can
-    return execution.presyn(drive, params, state, closed, doc=doc, noise=noise, record=record)
+    if chosen == "reference":
+        return reference.presyn(drive, params, state, closed, doc=doc, noise=noise, record=record)
+    # which runs the kernel wherever it can
+    return portable.presyn(drive, params, state, closed, doc=doc, noise=noise, record=record, causal=causal)
 
 
 def tick_biased_attention(
@@ -172,8 +178,8 @@ def tick_biased_attention(
     Returns:
         y: [B, H, Tq, D] in v's dtype. Differentiable in q, k, v and beta.
     """
-    if beta is None and backend == "triton":
-        backend = "sdpa"  # plain attention, for which it launches PyTorch's own flash kernel
+    if (beta is None and backend == "triton") or (q.shape[2] == 1 and backend == "auto"):
+        backend = "sdpa"  # plain attention is PyTorch's own flash kernel there; a single query leaves most of a tile idle
     obstacle = "plain attention" if beta is None else None if isinstance(q_start, int) else "rows start at different positions"
     obstacle = obstacle or _triton_attention_obstacle(q, tick, beta)
     chosen = _choose("tick_biased_attention", backend, {"triton": obstacle, "sdpa": None})

@@ -141,6 +141,7 @@ def presyn(
     doc: Tensor | None = None,
     noise: ReleaseNoise | None = None,
     record: dict[str, Tensor] | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, PresynState]:
     """See `kernels.presyn`; takes a common number of closed ticks of all rows.
 
@@ -148,10 +149,11 @@ def presyn(
     has optional parts or noise runs as the reference does.
     """
     batch, heads, ticks, keys = drive.shape
+    young = causal and state is None and record is None
     state = state or PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype, params=p)
     closed = ticks if closed is None else closed
     if ticks and on_triton(drive) and presyn_obstacle(p, noise, drive) is None:
-        return _presyn_kernel(drive, p, state, closed, doc, noise, record)
+        return _presyn_kernel(drive, p, state, closed, doc, noise, record, young)
     if not p.core or noise is not None:
         return reference.presyn(drive, p, state, closed, doc=doc, noise=noise, record=record)
     return _presyn_core(drive, p, state, closed, record)
@@ -176,6 +178,7 @@ def _presyn_kernel(
     doc: Tensor | None,
     noise: ReleaseNoise | None,
     record: dict[str, Tensor] | None,
+    young: bool,
 ) -> tuple[Tensor, PresynState]:
     """Ticks that end here advance the state; a tick left open is one more run whose end is thrown away."""
     run = _presyn_triton().run
@@ -184,7 +187,7 @@ def _presyn_kernel(
     outputs = ["bias", *(["activity"] if p.lateral_strength is not None else []), *([*recorded, "released"] if record is not None else [])]
     pieces = []
     if closed:
-        made, state = run(drive[:, :, :closed], p, state, outputs, noise)
+        made, state = run(drive[:, :, :closed], p, state, outputs, noise, young)
         pieces.append(made)
     if closed < drive.shape[2]:
         later = None if noise is None else noise.at(noise.layer, noise.first_tick + closed)

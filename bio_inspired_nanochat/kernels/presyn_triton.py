@@ -38,12 +38,13 @@ class Spec(NamedTuple):
     states: tuple[str, ...]
     outputs: tuple[str, ...]
     sampler: ReleaseSampler | None
+    young: bool  # key j rests without drive until tick j // c, so a block of keys starts at its first key's tick
 
     @classmethod
     def parse(cls, signature: str) -> Spec:
         """The inverse of `signature_of`."""
         static, constants, states, outputs, sampler = signature.split("|")
-        tick, beta_max, epsilon, slots = static.split(",")
+        tick, beta_max, epsilon, slots, young = static.split(",")
         drawn = sampler.split(",") if sampler else None
         return cls(
             int(tick),
@@ -54,15 +55,16 @@ class Spec(NamedTuple):
             tuple(states.split(",")),
             tuple(outputs.split(",")),
             ReleaseSampler(float(drawn[0]), drawn[1], float(drawn[2]), int(drawn[3])) if drawn else None,
+            young == "young",
         )
 
 
-def signature_of(p: PresynParams, states: list[str], outputs: list[str], noisy: bool) -> str:
+def signature_of(p: PresynParams, states: list[str], outputs: list[str], noisy: bool, young: bool) -> str:
     """A Spec as text, which is what an operator can take."""
     constants = ",".join(
         [name for name, value in zip(p._fields, p, strict=True) if isinstance(value, Tensor) and name != "lateral_strength"]
     )
-    static = f"{p.tick},{p.beta_max},{p.epsilon},{p.endo_slots}"
+    static = f"{p.tick},{p.beta_max},{p.epsilon},{p.endo_slots},{'young' if young else 'any'}"
     sampler = ""
     if noisy:
         sampler = f"{p.sampler.fraction},{p.sampler.mode},{p.sampler.temperature},{p.sampler.count}"
@@ -197,7 +199,11 @@ def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: 
     forward = [
         *head,
         *load_states,
-        "for n in range(ticks):",
+        f"birth = tl.program_id(1) * BLOCK // {spec.tick} // every * every",
+        "birth = tl.minimum(birth, ticks)" if spec.young else "birth = 0",
+        "for n in range(birth):",
+        *(f"    tl.store(out_ptr + {i} * size * ticks + (row * ticks + n) * keys + offset, 0.0, mask=live)" for i in range(outputs)),
+        "for n in range(birth, ticks):",
         "    if n % every == 0:",
         *(f"        tl.store(check_ptr + ((n // every) * {states} + {i}) * size + at, s{i}, mask=live)" for i in range(states)),
         *("    " + line for line in [load_drive, *noise("n"), *step]),
@@ -212,7 +218,11 @@ def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: 
         *head,
         *(f"g{i} = tl.load(gfinal_ptr + {i} * size + at, mask=live, other=0.0)" for i in range(states)),
         *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(derived)),
-        "for back in range(tl.cdiv(ticks, every)):",
+        f"birth = tl.program_id(1) * BLOCK // {spec.tick} // every * every",
+        "birth = tl.minimum(birth, ticks)" if spec.young else "birth = 0",
+        "for n in range(birth):",
+        "    tl.store(gdrive_ptr + (row * ticks + n) * keys + offset, 0.0, mask=live)",
+        "for back in range(tl.cdiv(ticks, every) - birth // every):",
         "    part = tl.cdiv(ticks, every) - 1 - back",
         *(f"    s{i} = tl.load(check_ptr + (part * {states} + {i}) * size + at, mask=live, other=0.0)" for i in range(states)),
         "    stop = tl.minimum((part + 1) * every, ticks)",
@@ -389,17 +399,18 @@ presyn_op.register_autograd(_backward, setup_context=_setup)
 
 
 def run(
-    drive: Tensor, p: PresynParams, state: PresynState, outputs: list[str], noise: ReleaseNoise | None = None
+    drive: Tensor, p: PresynParams, state: PresynState, outputs: list[str], noise: ReleaseNoise | None = None, young: bool = False
 ) -> tuple[dict[str, Tensor], PresynState]:
     """Advance over all ticks of `drive` [B, H, N, Tk] float32: the wanted outputs, [B, H, N, Tk] each, and the final state.
 
-    outputs: bias, activity, released, or a part of the state at the start of a tick.
+    outputs: bias, activity, released, or a part of the state at the start of a tick. young: state is at rest, key j has no drive
+    before tick j // c, and outputs are bias, activity and released only.
     """
     slots = list(state.ring.unbind(-1)) if state.ring is not None else []
     plain = [name for name in state.parts() if name not in ("open_drive", "ring")]
     names = [*plain, *(f"ring{i}" for i in range(len(slots)))]
     noisy = noise is not None and p.sampler is not None
-    signature = signature_of(p, names, outputs, noisy)
+    signature = signature_of(p, names, outputs, noisy, young)
     constants = torch.stack(
         [value for name, value in zip(p._fields, p, strict=True) if isinstance(value, Tensor) and name != "lateral_strength"]
     )

@@ -58,7 +58,8 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         beta = None
         if self.cfg.presyn:
             drive = self._drive(q, k, window=self.window, doc=extras.doc)
-            beta, _ = presyn(drive, self.synapse.params(), closed=tokens // self.tick, backend=self.backend, **extras._asdict())
+            closed, params = tokens // self.tick, self.synapse.params()
+            beta, _ = presyn(drive, params, closed=closed, causal=True, backend=self.backend, **extras._asdict())
         if self.cfg.barrier != "none":
             total = self.synapse.barrier_total(x) if self.cfg.barrier == "gated" else None
             first = torch.arange(0, tokens, self.tick, device=x.device)[None]

@@ -68,6 +68,31 @@ def compare(name: str, device: str, ticks: int = 6, keys: int = 20) -> None:
         assert torch.equal(grads[key], grads_again[key]), key
 
 
+def compare_young(device: str, ticks: int = 9, keys: int = 280) -> None:
+    """Skipping the ticks before a key's birth changes neither bias nor gradients, given a drive that is zero there."""
+    module = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=dataclasses.replace(CASES["recycling"], tick=32)))
+    module.init_weights()
+    module.gain_depletion.data += 1
+    params = module.to(device).params()
+    born = torch.arange(ticks)[:, None] >= torch.arange(keys) // 32
+    drive = (torch.rand(1, 2, ticks, keys, generator=torch.Generator().manual_seed(0)) * born).to(device).requires_grad_()
+    results = []
+    for causal in (True, False):
+        beta, _ = kernels.presyn(drive, params, closed=ticks, causal=causal, backend="sdpa")
+        grads = torch.autograd.grad(
+            (beta * beta).sum(), [drive, *module.parameters()], allow_unused=True, materialize_grads=True, retain_graph=True
+        )
+        results.append([beta, grads[0] * born.to(device), *grads[1:]])
+    for skipped, whole in zip(*results, strict=True):
+        torch.testing.assert_close(skipped, whole, rtol=1e-5, atol=1e-6)
+    assert results[0][0].abs().max() > 0.1
+
+
+@pytest.mark.gpu
+def test_skipping_unborn_keys_changes_nothing_on_the_gpu():
+    compare_young("cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_the_reference_on_the_gpu(name):
@@ -77,7 +102,7 @@ def test_kernel_equals_the_reference_on_the_gpu(name):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_equal_the_reference_in_the_interpreter():
     """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    code = "from tests.kernels.test_presyn_triton import CASES, compare\nfor name in ('core', 'recycling', 'full'): compare(name, 'cpu')"
+    code = "from tests.kernels.test_presyn_triton import CASES, compare, compare_young\nfor name in ('core', 'recycling', 'full'): compare(name, 'cpu')\ncompare_young('cpu')"
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     if "only 0-dimensional arrays can be converted" in result.stderr:
