@@ -45,6 +45,7 @@ __all__ = [
     "running_sum",
     "tick_biased_attention",
     "tick_drive",
+    "triton_obstacle",
 ]
 
 
@@ -70,7 +71,7 @@ def _off_triton(x: Tensor) -> str | None:
     )
 
 
-def _triton_attention_obstacle(q: Tensor, tick: int, rest: Tensor | None) -> str | None:
+def triton_obstacle(q: Tensor, tick: int, rest: Tensor | None = None) -> str | None:
     """Why the tiled kernels cannot serve a call, or None. rest: theta or beta, which must be float32."""
     if obstacle := _off_triton(q):
         return obstacle
@@ -111,7 +112,7 @@ def tick_drive(
     ragged = "rows start at different positions" if not isinstance(q_start, int) or q_len is not None else None
     if backend == "auto" and q.shape[2] == 1 and not ragged:
         backend = "sdpa"  # a single query leaves most of a tile idle
-    chosen = _choose("tick_drive", backend, {"triton": ragged or _triton_attention_obstacle(q, tick, theta), "sdpa": ragged})
+    chosen = _choose("tick_drive", backend, {"triton": ragged or triton_obstacle(q, tick, theta), "sdpa": ragged})
     if chosen == "triton":
         from bio_inspired_nanochat.kernels import drive_triton
 
@@ -181,7 +182,7 @@ def tick_biased_attention(
     if (beta is None and backend == "triton") or (q.shape[2] == 1 and backend == "auto"):
         backend = "sdpa"  # plain attention is PyTorch's own flash kernel there; a single query leaves most of a tile idle
     obstacle = "plain attention" if beta is None else None if isinstance(q_start, int) else "rows start at different positions"
-    obstacle = obstacle or _triton_attention_obstacle(q, tick, beta)
+    obstacle = obstacle or triton_obstacle(q, tick, beta)
     chosen = _choose("tick_biased_attention", backend, {"triton": obstacle, "sdpa": None})
     if chosen == "triton":
         from bio_inspired_nanochat.kernels import attention_triton
@@ -219,7 +220,7 @@ def fused_attention(
     Returns:
         y [B, H, T, D]. Differentiable in every tensor. UserError when the kernels cannot serve the call.
     """
-    obstacle = _triton_attention_obstacle(q, params.tick, theta)
+    obstacle = triton_obstacle(q, params.tick, theta)
     if obstacle is None:
         from bio_inspired_nanochat.kernels import fused
 

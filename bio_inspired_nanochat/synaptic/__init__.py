@@ -2,6 +2,7 @@
 
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
+from bio_inspired_nanochat.synaptic.execution import describe_execution
 from bio_inspired_nanochat.synaptic.layers import MLP, CausalSelfAttention, Linear, rms_norm, rotary
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
 from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState, SynapseState, same_layout
@@ -21,6 +22,7 @@ __all__ = [
     "SynapticCausalSelfAttention",
     "SynapticConfig",
     "auxiliary_loss",
+    "describe_execution",
     "rms_norm",
     "rotary",
     "same_layout",

@@ -20,6 +20,7 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.injection import START
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.registry import inert_fields
+from bio_inspired_nanochat.synaptic import describe_execution
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
@@ -64,6 +65,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
         for line in plan.describe():
             say(line)
     _say_inert(plan, given)
+    say(describe_execution(plan.model, device, plan.dtype))
     model = build_model(plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step

@@ -1,0 +1,31 @@
+"""The line that says which execution the attention takes, and why."""
+
+import re
+
+import pytest
+import torch
+
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
+from bio_inspired_nanochat.synaptic import describe_execution
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, "no synapses"),
+        ({"synapses": True, "syn_cfg": SynapticConfig.preset("off")}, "no synapses"),
+        ({"synapses": True}, "sdpa, PyTorch's own fast parts .backend=auto; not triton: (the tensors are on cpu|Triton is not installed)"),
+        ({"synapses": True, "backend": "reference"}, "reference .backend=reference"),
+    ],
+)
+def test_the_line_names_the_execution_and_the_reason(settings, expected):
+    line = describe_execution(GPTConfig(**settings), torch.device("cpu"), torch.float32)
+    assert line.startswith("attention: ")
+    assert re.search(expected, line), line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tick, expected", [(8, "triton kernels"), (12, "a tick of 12 tokens is not a power of two")])
+def test_the_gpu_takes_triton_where_it_can(tick, expected):
+    config = GPTConfig(synapses=True, syn_cfg=SynapticConfig(tick=tick))
+    assert expected in describe_execution(config, torch.device("cuda"), torch.bfloat16)
