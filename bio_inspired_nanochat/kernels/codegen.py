@@ -1,8 +1,8 @@
 """Elementwise PyTorch functions as Triton source: the definition of a terminal stays in one place, and the GPU runs it.
 
 `trace` turns a function of same-shaped tensors into a graph of primitive operations, `split` separates what depends on
-per-head coefficients alone, and `emit` writes a graph as lines of Triton, float32 throughout. The lines call `reciprocal` of
-`kernels.tiles`, because an exactly rounded division costs eight instructions more.
+per-head coefficients alone, and `emit` writes a graph as lines of Triton, float32 throughout. The lines call `reciprocal` and
+`logarithm` of `kernels.tiles`, because exactly rounded ones cost many instructions more.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ _RULES: dict[str, Callable[..., str]] = {
     "sign": lambda a: f"tl.where({a} > 0, 1.0, tl.where({a} < 0, -1.0, 0.0))",
     "exp": lambda a: f"tl.exp({a})",
     "expm1": lambda a: EXPM1.format(x=a),
-    "log": lambda a: f"tl.log({a})",
-    "log1p": lambda a: f"tl.log(1.0 + {a})",
+    "log": lambda a: f"logarithm({a})",
+    "log1p": lambda a: f"logarithm(1.0 + {a})",
     "sqrt": lambda a: f"tl.sqrt({a})",
     "rsqrt": lambda a: f"(1.0 / tl.sqrt({a}))",
     "reciprocal": lambda a: f"reciprocal({a})",

@@ -106,7 +106,7 @@ def _bias(logit: Tensor, vesicles: Tensor, p: PresynParams) -> list[Tensor]:
 HELPERS = """
 import triton
 import triton.language as tl
-from bio_inspired_nanochat.kernels.tiles import reciprocal
+from bio_inspired_nanochat.kernels.tiles import logarithm, reciprocal
 
 @triton.jit
 def affine(a0, b0, a1, b1):
@@ -215,10 +215,11 @@ if tile * M < block * K + K:
     raised = tl.where(place[None, :] > key[:, None], raised, 0.0)
 drive = tick_sum(raised, K, M, C) * (1.0 / C)"""
 LOGIT = """\
-logit = x * scale + tick_spread(beta, K, M, C)
+bias = beta * 1.4426950408889634
 if BARRIER:
     nearness = (tl.load(barrier_ptr + row * tokens + key, mask=live, other=0.0) - origin).to(tl.float32)
-    logit += strength * (nearness[:, None] - cost[None, :])"""
+    bias += strength * 1.4426950408889634 * nearness[:, None]
+logit = x * (scale * 1.4426950408889634) + tick_spread(bias, K, M, C)"""
 COST = """\
 strength = 0.0
 cost = tl.zeros([M], tl.float32)
@@ -226,9 +227,10 @@ origin = tl.zeros([1], tl.float32)
 if BARRIER:
     strength = tl.load(strength_ptr + head)
     origin = tl.load(barrier_ptr + row * tokens + tile * M)
-    cost = (tl.load(barrier_ptr + row * tokens + place, mask=real, other=0.0) - origin).to(tl.float32)"""
+    cost = (tl.load(barrier_ptr + row * tokens + place, mask=real, other=0.0) - origin).to(tl.float32)
+    cost *= strength * 1.4426950408889634"""
 WEIGHT = """\
-weight = tl.exp2(logit * 1.4426950408889634 - lse[None, :])
+weight = tl.exp2(logit - (lse + cost)[None, :])
 if (tile * M < block * K + K) | (tile == tiles - 1):
     weight = tl.where((place[None, :] >= key[:, None]) & real[None, :] & live[:, None], weight, 0.0)
 g = weight * (tl.dot(v, tl.trans(gy), input_precision=PRECISION) - delta[None, :])"""
@@ -288,7 +290,7 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         *_indent([*split(KEYS), *split(STATES)], 1),
         "    v = tl.load(v_ptr + (source + key[:, None]) * D + depth, mask=live[:, None], other=0.0)",
         *_indent([*split(DRIVE), *_replay(influx, pool, bias), *split(LOGIT)], 1),
-        "    weight = tl.exp2(logit * 1.4426950408889634 - limit)",
+        "    weight = tl.exp2(logit - (cost + limit)[None, :])",
         "    if tile * M < block * K + K:",
         "        weight = tl.where((place[None, :] >= key[:, None]) & live[:, None], weight, 0.0)",
         "    sums += weight",

@@ -256,7 +256,7 @@ def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: 
         [
             "import triton",
             "import triton.language as tl",
-            "from bio_inspired_nanochat.kernels.tiles import reciprocal",
+            "from bio_inspired_nanochat.kernels.tiles import logarithm, reciprocal",
             "",
             "@triton.jit",
             f"def forward(drive_ptr, constant_ptr, start_ptr, out_ptr, final_ptr, check_ptr, {common}):",

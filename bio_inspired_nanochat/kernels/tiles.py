@@ -23,6 +23,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def logarithm(x):
+    """Natural logarithm of a positive x with an absolute error of 2e-7; the exact one costs twenty instructions."""
+    if FAST:
+        return 0.6931471805599453 * tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log(x)
+
+
+@triton.jit
 def allowed(place, key, real, keys, doc_ptr, batch, docs, window, WINDOW: tl.constexpr, DOC: tl.constexpr, DIAGONAL: tl.constexpr):
     """Mask [M, K] of the pairs of a tile, `kernels.masks.allowed`: queries at positions `place`, `real` where they exist."""
     distance = place[:, None] - key
