@@ -115,7 +115,8 @@ def fused_adjoint(
     delta = (grad.float() * y.float()).sum(-1)
     float32 = {"dtype": torch.float32, "device": q.device}
     beta, gu = torch.empty(2, batch, heads, ticks, tokens, **float32)
-    gk, gv = torch.empty(2, batch, heads, tokens, dim, device=q.device, dtype=q.dtype if group == 1 else torch.float32)
+    wide = q.dtype if group == 1 else torch.float32
+    gk, gv = (torch.empty(batch, heads, tokens, dim, device=q.device, dtype=wide) for _ in range(2))
     gtheta, gstrength = torch.empty(2, batch, heads, grid[0], **float32)
     gbarrier = torch.empty(batch, heads, tokens if has_barrier else 0, **float32)
     partial = torch.empty(kernels.derived, batch * heads, grid[0], **float32)
@@ -133,7 +134,7 @@ def fused_adjoint(
     if group > 1:
         gk, gv = (g.view(batch, k.shape[1], group, tokens, dim).sum(2).to(k.dtype) for g in (gk, gv))
     of_strength = gstrength.sum((0, 2)) if has_barrier else gstrength.new_empty(0)
-    return gq, gk.clone(), gv.clone(), gtheta.sum((0, 2)), gconstants, gbarrier.to(torch.float64), of_strength
+    return gq, gk, gv, gtheta.sum((0, 2)), gconstants, gbarrier.to(torch.float64), of_strength
 
 
 @fused_adjoint.register_fake

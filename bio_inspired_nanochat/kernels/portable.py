@@ -150,8 +150,12 @@ def presyn(
     """
     batch, heads, ticks, keys = drive.shape
     young = causal and state is None and record is None
-    state = state or PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype, params=p)
     closed = ticks if closed is None else closed
+    if state is None:
+        state = PresynState.rest(batch, heads, keys, device=drive.device, dtype=drive.dtype, params=p)
+    elif ticks:  # what the first tick has collected before; a fresh state has nothing, and the drive is not copied
+        drive = torch.cat([drive[:, :, :1] + state.open_drive[:, :, None], drive[:, :, 1:]], dim=2)
+        state = state._replace(open_drive=torch.zeros_like(state.open_drive))
     if ticks and on_triton(drive) and presyn_obstacle(p, noise, drive) is None:
         return _presyn_kernel(drive, p, state, closed, doc, noise, record, young)
     if not p.core or noise is not None:
@@ -182,7 +186,6 @@ def _presyn_kernel(
 ) -> tuple[Tensor, PresynState]:
     """Ticks that end here advance the state; a tick left open is one more run whose end is thrown away."""
     run = _presyn_triton().run
-    drive = torch.cat([drive[:, :, :1] + state.open_drive[:, :, None], drive[:, :, 1:]], dim=2)
     recorded = [name for name in reference.RECORDED if getattr(state, name) is not None]
     outputs = ["bias", *(["activity"] if p.lateral_strength is not None else []), *([*recorded, "released"] if record is not None else [])]
     pieces = []
@@ -207,8 +210,6 @@ def _presyn_core(
     drive: Tensor, p: PresynParams, state: PresynState, closed: int, record: dict[str, Tensor] | None
 ) -> tuple[Tensor, PresynState]:
     ticks = drive.shape[2]
-    if ticks:
-        drive = torch.cat([drive[:, :, :1] + state.open_drive[:, :, None], drive[:, :, 1:]], dim=2)
     p = p.broadcast(2)
     decay, influx = calcium_step(p)
     calcium = linear_scan(decay.expand(*drive.shape[:3], 1), influx * drive, state.calcium)
