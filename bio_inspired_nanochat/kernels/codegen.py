@@ -239,3 +239,32 @@ def derivative(body: fx.GraphModule, fixed: int, inputs: int, outputs: int) -> f
         return list(pull(tuple(cotangents)))
 
     return trace(product, inputs + outputs)
+
+
+def kernel_text(name: str, arguments: str, lines: Iterable[str]) -> list[str]:
+    """The source lines of a Triton kernel."""
+    return ["", "@triton.jit", f"def {name}({arguments}):", *(f"    {line}" for line in lines)]
+
+
+def finish_text(constants: int, derived: Sequence[str], lines: Iterable[str], gradients: Iterable[str]) -> list[str]:
+    """The kernel `finish`: one program per head sums the partial gradients of the derived constants and pulls them back.
+
+    derived: their names; lines and gradients: the emitted adjoint of the prelude in terms of r0, r1, ... (the `constants`
+    parameters) and d<name>. Partial gradients are [P, B * H, blocks], parameters [C, H].
+    """
+    body = [
+        "head = tl.program_id(0)",
+        *(f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(constants)),
+        "items = batch * blocks",
+        *(f"d{name} = 0.0" for name in derived),
+        "for begin in range(0, items, BLOCK):",
+        "    item = begin + tl.arange(0, BLOCK)",
+        "    place = (item // blocks * heads + head) * blocks + item % blocks",
+        *(
+            f"    d{name} += tl.sum(tl.load(gh_ptr + {i} * items * heads + place, mask=item < items, other=0.0), 0)"
+            for i, name in enumerate(derived)
+        ),
+        *lines,
+        *(f"tl.store(gconstant_ptr + {i} * heads + head, {value})" for i, value in enumerate(gradients)),
+    ]
+    return kernel_text("finish", "constant_ptr, gh_ptr, gconstant_ptr, batch, heads, blocks, BLOCK: tl.constexpr", body)

@@ -184,10 +184,6 @@ def _indent(lines: list[str], depth: int) -> list[str]:
     return ["    " * depth + line for line in lines]
 
 
-def _function(name: str, arguments: str, lines: list[str]) -> list[str]:
-    return ["", "@triton.jit", f"def {name}({arguments}):", *_indent(lines, 1)]
-
-
 HEAD = """\
 row = tl.program_id(1).to(tl.int64)
 batch, head = row // heads, row % heads
@@ -262,16 +258,12 @@ def _replay(influx: Part, pool: Part, bias: Part | None) -> list[str]:
     return lines if bias is None else [*lines, *bias.lines, f"beta = {bias.outputs[0]}"]
 
 
-def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
-    """The source lines of the five kernels."""
-    constants = [f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(len(spec.constants))]
-    parts = (influx, pool, bias)
-    once = [*constants, *(line for part in parts for line in part.once)]
-    names = [name for part in parts for name in part.constants]
-    split = str.splitlines
-    sizes = "scale, tokens, heads, group, size"
+split = str.splitlines
 
-    states = [
+
+def _states_lines(once: list[str], influx: Part, pool: Part) -> list[str]:
+    """Phase 1: one block of keys forward through the tiles."""
+    return [
         *split(HEAD), *once, "block = tl.program_id(0)", *split(KEYS),
         "ca_start = tl.zeros([K], tl.float32)",
         "pool_start = tl.full([K], 1.0, tl.float32)",
@@ -282,7 +274,11 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         "    ca_start = pick(calcium_after, N - 1, N)",
         "    pool_start = pick(vesicles_after, N - 1, N)",
     ]  # fmt: skip
-    attend = [
+
+
+def _attend_lines(once: list[str], influx: Part, pool: Part, bias: Part) -> list[str]:
+    """Phase 2: one tile of queries over the blocks of keys."""
+    return [
         *split(HEAD), *once, "tile = tiles - 1 - tl.program_id(0)", *split(QUERIES), *split(COST),
         "sums = tl.zeros([K, M], tl.float32)",
         "y = tl.zeros([M, D], tl.float32)",
@@ -300,10 +296,14 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         "tl.store(lse_ptr + row * tokens + place, tl.log2(total) + limit, mask=real)",
     ]  # fmt: skip
 
+
+def _keys_lines(once: list[str], names: list[str], influx: Part, pool: Part, bias: Part) -> list[str]:
+    """Backward of one block of keys through the tiles in reverse time."""
+
     def collect(part: Part, first: int) -> list[str]:
         return [f"a{n} += {g}" for n, g in zip(part.constants, part.gradients[first:], strict=True)]
 
-    keys = [
+    return [
         *split(HEAD), *once, "block = tl.program_id(0)", *split(KEYS),
         "v = tl.load(v_ptr + (source + key[:, None]) * D + depth, mask=live[:, None], other=0.0)",
         *(f"a{name} = tl.zeros([K, N], tl.float32)" for name in names),
@@ -357,7 +357,11 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
             for i, name in enumerate(names)
         ),
     ]  # fmt: skip
-    queries = [
+
+
+def _queries_lines() -> list[str]:
+    """dq of one tile of queries, from the bias and the drive's gradient that the other pass stored."""
+    return [
         *split(HEAD), "tile = tiles - 1 - tl.program_id(0)", *split(QUERIES), *split(COST), *split(COTANGENTS),
         "gq = tl.zeros([M, D], tl.float32)",
         "for block in range(0, tl.cdiv(tl.minimum(tokens, tile * M + M), K)):",
@@ -375,35 +379,38 @@ def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
         ], 1),
         "tl.store(gq_ptr + at, gq * scale, mask=real[:, None])",
     ]  # fmt: skip
-    count = len(spec.constants)
-    finish = [
-        "head = tl.program_id(0)",
-        *constants,
-        "items = batch * blocks",
-        *(f"d{name} = 0.0" for name in names),
-        "for begin in range(0, items, BLOCK):",
-        "    item = begin + tl.arange(0, BLOCK)",
-        "    place = (item // blocks * heads + head) * blocks + item % blocks",
-        *(f"    d{n} += tl.sum(tl.load(gh_ptr + {i} * items * heads + place, mask=item < items, other=0.0), 0)" for i, n in enumerate(names)),
-        *(line for part in parts for line in part.finish),
-        *(f"tl.store(gconstant_ptr + {i} * heads + head, {' + '.join(part.finished[i] for part in parts)})" for i in range(count)),
-    ]  # fmt: skip
+
+
+def _texts(spec: Spec, influx: Part, pool: Part, bias: Part) -> list[str]:
+    """The source lines of the five kernels."""
+    parts = (influx, pool, bias)
+    once = [f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(len(spec.constants))]
+    once += [line for part in parts for line in part.once]
+    names = [name for part in parts for name in part.constants]
+    states, attend = _states_lines(once, influx, pool), _attend_lines(once, influx, pool, bias)
+    keys, queries = _keys_lines(once, names, influx, pool, bias), _queries_lines()
+    sizes = "scale, tokens, heads, group, size"
     inputs = "q_ptr, k_ptr, v_ptr, theta_ptr, constant_ptr, check_ptr, barrier_ptr, strength_ptr"
     return [
-        *_function("states", f"q_ptr, k_ptr, theta_ptr, constant_ptr, check_ptr, {sizes}, {STATIC}", states),
-        *_function("attend", f"{inputs}, y_ptr, lse_ptr, limit, {sizes}, BARRIER: tl.constexpr, {STATIC}", attend),
-        *_function(
+        *codegen.kernel_text("states", f"q_ptr, k_ptr, theta_ptr, constant_ptr, check_ptr, {sizes}, {STATIC}", states),
+        *codegen.kernel_text("attend", f"{inputs}, y_ptr, lse_ptr, limit, {sizes}, BARRIER: tl.constexpr, {STATIC}", attend),
+        *codegen.kernel_text(
             "backward_keys",
             f"{inputs}, gy_ptr, lse_ptr, delta_ptr, gk_ptr, gv_ptr, beta_ptr, gu_ptr, gtheta_ptr, gbarrier_ptr, gstrength_ptr, gh_ptr, ticks, "
             f"{sizes}, BARRIER: tl.constexpr, {STATIC}",
             keys,
         ),
-        *_function(
+        *codegen.kernel_text(
             "backward_queries",
             f"q_ptr, k_ptr, v_ptr, theta_ptr, barrier_ptr, strength_ptr, gy_ptr, lse_ptr, delta_ptr, beta_ptr, gu_ptr, gq_ptr, ticks, "
             f"{sizes}, BARRIER: tl.constexpr, {STATIC}",
             queries,
         ),
-        *_function("finish", "constant_ptr, gh_ptr, gconstant_ptr, batch, heads, blocks, BLOCK: tl.constexpr", finish),
+        *codegen.finish_text(
+            len(spec.constants),
+            names,
+            [line for part in parts for line in part.finish],
+            [" + ".join(values) for values in zip(*(part.finished for part in parts), strict=True)],
+        ),
         "",
     ]

@@ -141,7 +141,9 @@ def kernels_for(signature: str) -> Kernels:
         reverse = codegen.derivative(ordered, draws, inputs, len(spec.outputs) + states)
         derived = inputs - states - 1 - draws
         adjoint = codegen.derivative(prelude, 0, len(spec.constants), derived)
-    source = _source(spec, prelude, body, reverse, derived) + _finish_source(spec, adjoint, derived)
+    raw, names = [f"r{i}" for i in range(len(spec.constants))], [f"h{i}" for i in range(derived)]
+    finish = codegen.finish_text(len(raw), names, *codegen.emit(adjoint, [*raw, *(f"d{name}" for name in names)], "v"))
+    source = "\n".join([*_source(spec, prelude, body, reverse, derived), *finish, ""])
     name = f"<presyn kernel {spec}>"
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     namespace: dict[str, Any] = {"__name__": name}
@@ -164,8 +166,8 @@ chosen = tl.where(((word0 >> 9).to(tl.float32) + 0.5) * {grid} < {fraction}, 1.0
 eps = tl.sqrt(-2.0 * tl.log(((word1 >> 9).to(tl.float32) + 0.5) * {grid})) * tl.cos({turn} * ((word2 >> 9).to(tl.float32) + 0.5) * {grid})"""
 
 
-def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: fx.GraphModule, derived: int) -> str:
-    """The text of both passes."""
+def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: fx.GraphModule, derived: int) -> list[str]:
+    """The source lines of both passes."""
     states, outputs, draws = len(spec.states), len(spec.outputs), ["eps", "chosen"] if spec.sampler else []
     s, h = [f"s{i}" for i in range(states)], [f"h{i}" for i in range(derived)]
     once, constants = codegen.emit(prelude, [f"r{i}" for i in range(len(spec.constants))], "w")
@@ -196,11 +198,14 @@ def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: 
     load_drive = "drive = tl.load(drive_ptr + (row * ticks + n) * keys + offset, mask=live, other=0.0)"
     advance = [f"a{i} = {value}" for i, value in enumerate(ahead)] + [f"s{i} = a{i}" for i in range(states)]
     scratch = "tl.{verb}(scratch_ptr + ((n % every) * {count} + {i}) * size + at"
+    born = [
+        f"birth = tl.program_id(1) * BLOCK // {spec.tick} // every * every",
+        "birth = tl.minimum(birth, ticks)" if spec.young else "birth = 0",
+    ]
     forward = [
         *head,
         *load_states,
-        f"birth = tl.program_id(1) * BLOCK // {spec.tick} // every * every",
-        "birth = tl.minimum(birth, ticks)" if spec.young else "birth = 0",
+        *born,
         "for n in range(birth):",
         *(f"    tl.store(out_ptr + {i} * size * ticks + (row * ticks + n) * keys + offset, 0.0, mask=live)" for i in range(outputs)),
         "for n in range(birth, ticks):",
@@ -218,8 +223,7 @@ def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: 
         *head,
         *(f"g{i} = tl.load(gfinal_ptr + {i} * size + at, mask=live, other=0.0)" for i in range(states)),
         *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(derived)),
-        f"birth = tl.program_id(1) * BLOCK // {spec.tick} // every * every",
-        "birth = tl.minimum(birth, ticks)" if spec.young else "birth = 0",
+        *born,
         "for n in range(birth):",
         "    tl.store(gdrive_ptr + (row * ticks + n) * keys + offset, 0.0, mask=live)",
         "for back in range(tl.cdiv(ticks, every) - birth // every):",
@@ -252,51 +256,17 @@ def _source(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: 
     ]
     random = ", key_ptr, first_ptr, layer_ptr" if spec.sampler else ""
     common = f"ticks, keys, heads, size, every{random}, BLOCK: tl.constexpr"
-    return "\n".join(
-        [
-            "import triton",
-            "import triton.language as tl",
-            "from bio_inspired_nanochat.kernels.tiles import logarithm, reciprocal",
-            "",
-            "@triton.jit",
-            f"def forward(drive_ptr, constant_ptr, start_ptr, out_ptr, final_ptr, check_ptr, {common}):",
-            *("    " + line for line in forward),
-            "",
-            "@triton.jit",
-            "def backward(drive_ptr, constant_ptr, check_ptr, scratch_ptr, gout_ptr, gfinal_ptr, gdrive_ptr, gstart_ptr, gh_ptr, "
-            + common
-            + "):",
-            *("    " + line for line in backward),
-            "",
-        ]
-    )
-
-
-def _finish_source(spec: Spec, adjoint: fx.GraphModule, derived: int) -> str:
-    """The text of `finish`: one program per head sums the derived constants' gradients and pulls them back to the parameters'."""
-    count = len(spec.constants)
-    lines, gradients = codegen.emit(adjoint, [*(f"r{i}" for i in range(count)), *(f"d{i}" for i in range(derived))], "v")
-    body = [
-        "head = tl.program_id(0)",
-        *(f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(count)),
-        "items = batch * blocks",
-        *(f"d{i} = 0.0" for i in range(derived)),
-        "for begin in range(0, items, BLOCK):",
-        "    item = begin + tl.arange(0, BLOCK)",
-        "    place = (item // blocks * heads + head) * blocks + item % blocks",
-        *(f"    d{i} += tl.sum(tl.load(gh_ptr + {i} * items * heads + place, mask=item < items, other=0.0), 0)" for i in range(derived)),
-        *lines,
-        *(f"tl.store(gconstant_ptr + {i} * heads + head, {value})" for i, value in enumerate(gradients)),
+    return [
+        "import triton",
+        "import triton.language as tl",
+        "from bio_inspired_nanochat.kernels.tiles import logarithm, reciprocal",
+        *codegen.kernel_text("forward", f"drive_ptr, constant_ptr, start_ptr, out_ptr, final_ptr, check_ptr, {common}", forward),
+        *codegen.kernel_text(
+            "backward",
+            f"drive_ptr, constant_ptr, check_ptr, scratch_ptr, gout_ptr, gfinal_ptr, gdrive_ptr, gstart_ptr, gh_ptr, {common}",
+            backward,
+        ),
     ]
-    return "\n".join(
-        [
-            "",
-            "@triton.jit",
-            "def finish(constant_ptr, gh_ptr, gconstant_ptr, batch, heads, blocks, BLOCK: tl.constexpr):",
-            *("    " + line for line in body),
-            "",
-        ]
-    )
 
 
 def _run(signature: str, drive: Tensor, constants: Tensor, start: Tensor, noise: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

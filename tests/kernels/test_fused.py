@@ -1,11 +1,6 @@
 """The fused layer equals the three operators of the reference in a row: output and every gradient."""
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +13,7 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.kernels import PresynParams
 from bio_inspired_nanochat.synaptic import Presynaptic
 from tests.contract import make_ids, make_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.interpreter import run_interpreted
 
 
 def run(exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, barrier=True, kind="phi", **constants):
@@ -84,15 +78,8 @@ def interpreted():
     assert torch.allclose(models[0](make_ids()), models[1](make_ids()), rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_fused_layer_equals_the_reference_in_the_interpreter():
-    """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    code = "from tests.kernels.test_fused import interpreted\ninterpreted()"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    if "only 0-dimensional arrays can be converted" in result.stderr:
-        pytest.skip("this Triton's interpreter does not work with the installed NumPy")
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_interpreted("from tests.kernels.test_fused import interpreted\ninterpreted()")
 
 
 @pytest.mark.gpu

@@ -1,11 +1,6 @@
 """The generated kernel of the terminals equals the reference: outputs, states, random draws and every gradient."""
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +10,8 @@ from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.kernels import PresynParams, PresynState, ReleaseNoise
 from bio_inspired_nanochat.registry import config_with
 from bio_inspired_nanochat.synaptic import Presynaptic
+from tests.kernels.interpreter import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "core": SynapticConfig.preset("core"),
     "one_sensor": config_with("presyn", tied_gains=True),
@@ -99,15 +94,10 @@ def test_kernel_equals_the_reference_on_the_gpu(name):
     compare(name, "cuda", ticks=37, keys=150)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_equal_the_reference_in_the_interpreter():
-    """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    code = "from tests.kernels.test_presyn_triton import CASES, compare, compare_young\nfor name in ('core', 'recycling', 'full'): compare(name, 'cpu')\ncompare_young('cpu')"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    if "only 0-dimensional arrays can be converted" in result.stderr:
-        pytest.skip("this Triton's interpreter does not work with the installed NumPy")
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_interpreted(
+        "from tests.kernels.test_presyn_triton import CASES, compare, compare_young\nfor name in ('core', 'recycling', 'full'): compare(name, 'cpu')\ncompare_young('cpu')"
+    )
 
 
 def test_every_part_of_a_terminal_is_in_a_case():

@@ -1,17 +1,11 @@
 """The tiled Triton kernels equal the reference: drive and biased attention, outputs and gradients."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from bio_inspired_nanochat import kernels
+from tests.kernels.interpreter import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
     "plain": {},
     "window": {"window": 19},
@@ -69,15 +63,8 @@ def interpreted():
     compare("cpu", torch.float32, 40, 32, 32, heads=2, kv_heads=2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_equal_the_reference_in_the_interpreter():
-    """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    code = "from tests.kernels.test_tiled_kernels import interpreted\ninterpreted()"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    if "only 0-dimensional arrays can be converted" in result.stderr:
-        pytest.skip("this Triton's interpreter does not work with the installed NumPy")
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_interpreted("from tests.kernels.test_tiled_kernels import interpreted\ninterpreted()")
 
 
 @pytest.mark.gpu
