@@ -22,17 +22,15 @@ from bio_inspired_nanochat.benchmarks.records import (
     short,
     shown,
 )
-from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Mark, Spread, interleave, paired_ratio, warm_up
+from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Spread, interleave, paired_ratio, warm_up
 from bio_inspired_nanochat.common import pick_device, progress, say, table
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import TrainConfig, guards
 from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.hardware import GIB, peak_flops
-from bio_inspired_nanochat.training.loop import Objective
+from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.plan import Plan, make_plan
-from bio_inspired_nanochat.training.run import build_model
 
 _MODELS = ("vanilla", "synaptic")
 _CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512, "device_batch_size": 2}
@@ -69,40 +67,12 @@ class BenchTrainConfig:
             raise UserError("the synaptic model has neither terminals nor barrier: there is nothing to compare; use --syn_preset=default")
 
 
-class Trainee:
-    """A model in training on one batch of random tokens: what a step of it takes."""
+class Trainee(Rehearsal):
+    """A model in training that also knows how much memory it takes."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
         self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        self.model = build_model(plan, device)
-        self.optimizer = build_optimizer(
-            self.model.named_parameters(),
-            self.model.param_roles(),
-            plan.config.optim,
-            n_embd=plan.model.n_embd,
-            batch_tokens=plan.tokens_per_step,
-        )
-        self.objective = Objective(self.model, plan.config.seed)
-        if plan.config.compile == "1":
-            self.model.compile_regions()
-        generator = torch.Generator().manual_seed(plan.config.seed)
-        tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
-        self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def forward(self) -> Tensor:
-        """The loss of one micro-batch, its share of the step's."""
-        return self.objective(self.idx, self.targets)[0] / self.plan.accumulation
-
-    def step(self, mark: Mark) -> None:
-        """One optimizer step; the mark stands between the last backward and the optimizer."""
-        self.optimizer.schedule(0, 1)
-        for _ in range(self.plan.accumulation):
-            self.forward().backward()
-        mark()
-        self.optimizer.clip_grad_norm()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        super().__init__(plan, device)
 
     def memory(self) -> int:
         """Bytes that training this model takes, without the other model, after a first step.
@@ -113,7 +83,7 @@ class Trainee:
         if self.device.type == "cuda":
             wait_for_device(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.step(lambda: None)
+            self.step()
             return torch.cuda.max_memory_allocated(self.device) - self.before
         weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         saved: dict[int, int] = {}

@@ -81,26 +81,42 @@ def measure(plan: Plan, device: torch.device, seconds: float, choose_threads: bo
             torch.cuda.empty_cache()
 
 
+class Rehearsal:
+    """A throw-away model in training on one batch of random tokens: what a step of `plan` takes."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.model = build_model(plan, device)
+        self.optimizer = build_optimizer(
+            *(self.model.named_parameters(), self.model.param_roles(), plan.config.optim),
+            n_embd=plan.model.n_embd,
+            batch_tokens=plan.tokens_per_step,
+        )
+        self.objective = Objective(self.model, plan.config.seed)
+        if plan.config.compile == "1":
+            self.model.compile_regions()
+        generator = torch.Generator().manual_seed(plan.config.seed)
+        tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
+        self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def forward(self) -> Tensor:
+        """The loss of one micro-batch, its share of the step's."""
+        return self.objective(self.idx, self.targets)[0] / self.plan.accumulation
+
+    def step(self, mark: Callable[[], object] = lambda: None) -> None:
+        """One optimizer step; `mark` is called between the last backward and the optimizer."""
+        self.optimizer.schedule(0, 1)
+        for _ in range(self.plan.accumulation):
+            self.forward().backward()
+        mark()
+        self.optimizer.clip_grad_norm()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def _measure(plan: Plan, device: torch.device, seconds: float, choose_threads: bool) -> Pace:
-    model = build_model(plan, device)
-    optimizer = build_optimizer(
-        model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
-    )
-    objective: torch.nn.Module = Objective(model)
-    if plan.config.compile == "1":
-        model.compile_regions()
-    shape = (plan.rows, plan.model.sequence_len + 1)
-    tokens = torch.randint(plan.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> None:
-        optimizer.schedule(0, 1)
-        for _ in range(plan.accumulation):
-            (objective(idx, targets)[0] / plan.accumulation).backward()
-        optimizer.clip_grad_norm()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    rehearsal = Rehearsal(plan, device)
+    model, step, idx, targets = rehearsal.model, rehearsal.step, rehearsal.idx, rehearsal.targets
     first, _ = _timed(step, device, _WARM_STEPS.get(device.type, 1), math.inf)
     if choose_threads and first < 2 * seconds:
         _choose_threads(step, device)
