@@ -1,8 +1,13 @@
 """Triton execution of `tick_biased_attention`: flash attention whose logits carry one bias per tick and key.
 
-No tensor of the size queries x keys exists but the bias and its gradient, which are smaller by the tick length.
+The bias arrives as planes (`kernels.tiles`) in units of the raw product q . k, and joins the logits on the matrix units. No
+tensor of the size queries x keys exists but the bias and its gradient, which are smaller by the tick length.
 
-Dimensions: B batch, H query heads, Hkv key heads, Tq queries, Tk keys, N ticks, D head size; M queries and K keys of a tile.
+Logits of bounded size need no running maximum (BOUNDED): the bound is subtracted instead, and with a gate the query's own part
+of the barrier. `stat` is what is subtracted from a query's logits, in units of log 2, to get probabilities.
+
+Dimensions: B batch, H query heads, Hkv key heads, Tq queries, Tk keys, N ticks, D head size; M queries and K keys of a tile,
+R rows of planes. Programs cover the pairs of batch row and head from `first` on; planes and biases start at `first` too.
 """
 
 from __future__ import annotations
@@ -12,280 +17,378 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bio_inspired_nanochat.kernels.tiles import Tile, allowed, fill_zeros, key_span, precision, tile_for
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _logits(
-    q, k, place, key, real, beta_ptr, scale, row, batch, base, keys, docs, window, ticks, doc_ptr,
-    C: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Logits of a tile in units of log 2, [M, K], -inf where a pair is masked."""
-    tick = (place - base) // C
-    seen = real[:, None] & (key < keys)
-    if MASKED:
-        seen = allowed(place, key, real, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True)
-    bias = tl.load(beta_ptr + row * ticks * keys + (tick[:, None] * keys + key), mask=seen, other=0.0)
-    x = (tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias) * LOG2E
-    return tl.where(seen, x, float("-inf"))
+from bio_inspired_nanochat.kernels.tiles import (
+    FEWEST,
+    LOG2E,
+    Site,
+    allowed,
+    dense,
+    fill_zeros,
+    key_span,
+    load_planes,
+    one_hot,
+    power2,
+    rows,
+    saturate,
+    store_ticks,
+    strides,
+    tile_for,
+    to_planes,
+)
 
 
 @triton.jit
 def _softmax_tiles(
-    top, total, y, low, high, q, k_ptr, v_ptr, place, real, beta_ptr, scale, row, source, batch, base, keys, docs, window, ticks, doc_ptr,
-    C: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    top, total, y, low, high, q, hot, place, cut, factor,
+    k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, doc_ptr,
+    batch, source, tick, base, q_start, end, keys, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Continue an online softmax over the keys [low, high)."""
-    depth = tl.arange(0, D)
+    """Continue a softmax over the keys [low, high); `cut` [M] is subtracted from the logits of a query."""
     for begin in range(low, high, K):
         key = begin + tl.arange(0, K)
-        at = (source * keys + key[:, None]) * D + depth
-        k = tl.load(k_ptr + at, mask=key[:, None] < keys, other=0.0)
-        v = tl.load(v_ptr + at, mask=key[:, None] < keys, other=0.0)
-        x = _logits(
-            q, k, place, key, real, beta_ptr, scale, row, batch, base, keys, docs, window, ticks, doc_ptr, C, WINDOW, DOC, PRECISION, MASKED
-        )
-        peak = tl.maximum(top, tl.max(x, 1))
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
-        weight = tl.exp2(x - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        y = y * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
-        top = peak
+        k_at = rows(k_ptr, batch, source, k_b, k_h, k_t, key, D)
+        v_at = rows(v_ptr, batch, source, v_b, v_h, v_t, key, D)
+        if EXACT:
+            k, v = tl.load(k_at), tl.load(v_at)
+        else:
+            k, v = tl.load(k_at, mask=key[:, None] < keys, other=0.0), tl.load(v_at, mask=key[:, None] < keys, other=0.0)
+        planes = load_planes(plane_ptr, tick, base, key, ticks, keys, C, M, P, R, MASKED)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        x = tl.dot(hot, planes, x, input_precision=PRECISION) * factor
+        if MASKED:
+            x = tl.where(
+                allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True), x, float("-inf")
+            )
+        if BOUNDED:
+            weight = power2(x - cut[:, None])
+            total += tl.sum(weight, 1)
+        else:
+            peak = tl.maximum(top, tl.max(x, 1))
+            safe = tl.where(peak == float("-inf"), 0.0, peak)
+            weight = power2(x - safe[:, None])
+            shrink = power2(top - safe)
+            total = total * shrink + tl.sum(weight, 1)
+            y = y * shrink[:, None]
+            top = peak
+        y = tl.dot(weight.to(v.dtype), v, y, input_precision=PRECISION)
     return top, total, y
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, beta_ptr, doc_ptr, y_ptr, lse_ptr, scale, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, doc_ptr, barrier_ptr, strength_ptr,
+    y_ptr, y_b, y_h, y_t, stat_ptr, limit, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, BOUNDED: tl.constexpr, BARRIER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of queries of one head; the longest tiles come first."""
-    row = tl.program_id(1).to(tl.int64)
+    row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    source = batch * (heads // group) + head // group
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    query = begin + tl.arange(0, M)
-    place, real = q_start + query, query < queries
     base = q_start // C * C
-    at = (row * queries + query[:, None]) * D + tl.arange(0, D)
-    q = tl.load(q_ptr + at, mask=real[:, None], other=0.0)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    place = base + start + tl.arange(0, M)
+    query, end = place - q_start, q_start + queries
+    real = (query >= 0) & (query < queries)
+    q = tl.load(rows(q_ptr, batch, head, q_b, q_h, q_t, query, D), mask=real[:, None], other=0.0)
+    hot = one_hot(M, C, R).to(q.dtype)
+    cut = tl.zeros([M], tl.float32) + limit
+    if BARRIER:  # relative to the first query of each tick, as the planes are
+        own = barrier_ptr + row * queries
+        gap = tl.load(own + query, mask=real, other=0.0) - tl.load(own + query // C * C, mask=real, other=0.0)
+        cut += gap.to(tl.float32) * (tl.load(strength_ptr + head) * LOG2E)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     y = tl.zeros([M, D], tl.float32)
     low = 0
     if WINDOW:
-        low = tl.maximum(q_start + begin - window + 1, 0) // K * K
-    high = tl.minimum(keys, q_start + begin + M)
+        low = tl.maximum(base + start - window + 1, 0) // K * K
+    high = tl.minimum(keys, base + start + M)
+    plane_at = plane_ptr + tl.program_id(1).to(tl.int64) * P * ticks * keys
     plain = low
-    if not (WINDOW or DOC):  # keys that every query of the tile sees need no mask
-        plain = tl.minimum((q_start + begin + 1) // K * K, high)
+    if EXACT:  # keys that every query of the tile sees need no mask
+        plain = start // K * K
         top, total, y = _softmax_tiles(
-            top, total, y, low, plain, q, k_ptr, v_ptr, place, real, beta_ptr, scale, row, source, batch, base, keys, docs, window, ticks, doc_ptr,
-            C, D, K, WINDOW, DOC, PRECISION, False,
+            top, total, y, low, plain, q, hot, place, cut, scale * LOG2E, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_at, doc_ptr,
+            batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
+            C, D, M, K, P, R, WINDOW, DOC, EXACT, BOUNDED, PRECISION, False,
         )  # fmt: skip
     top, total, y = _softmax_tiles(
-        top, total, y, plain, high, q, k_ptr, v_ptr, place, real, beta_ptr, scale, row, source, batch, base, keys, docs, window, ticks, doc_ptr,
-        C, D, K, WINDOW, DOC, PRECISION, True,
+        top, total, y, plain, high, q, hot, place, cut, scale * LOG2E, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_at, doc_ptr,
+        batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
+        C, D, M, K, P, R, WINDOW, DOC, EXACT, BOUNDED, PRECISION, True,
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)
-    tl.store(y_ptr + at, (y / total[:, None]).to(q.dtype), mask=real[:, None])
-    tl.store(lse_ptr + row * queries + query, top + tl.log2(total), mask=real)
+    tl.store(rows(y_ptr, batch, head, y_b, y_h, y_t, query, D), (y / total[:, None]).to(q.dtype), mask=real[:, None])
+    tl.store(stat_ptr + row * queries + query, (cut if BOUNDED else top) + tl.log2(total), mask=real)
 
 
 @triton.jit
 def _key_tiles(
-    gk, gv, low, high, k, v, key, q_ptr, gy_ptr, lse_ptr, delta_ptr, beta_ptr, gbeta_ptr, doc_ptr,
-    scale, row, batch, base, q_start, queries, keys, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    gk, gv, low, high, k, v, key, spread, collect, factor,
+    q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t, stat_ptr, delta_ptr, plane_ptr, gbeta_ptr, doc_ptr,
+    batch, head, base, q_start, queries, keys, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+    WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of queries that start in [low, high), counted from `base`, to dk and dv; store their dbeta."""
-    depth = tl.arange(0, D)
     for start in range(low, high, M):
-        tick = start // C + tl.arange(0, M // C)
         place = base + start + tl.arange(0, M)
         query = place - q_start
-        real = (query >= 0) & (query < queries)
-        there = (row * queries + query[:, None]) * D + depth
-        q = tl.load(q_ptr + there, mask=real[:, None], other=0.0)
-        gy = tl.load(gy_ptr + there, mask=real[:, None], other=0.0)
-        lse = tl.load(lse_ptr + row * queries + query, mask=real, other=0.0)
-        delta = tl.load(delta_ptr + row * queries + query, mask=real, other=0.0)
-        x = _logits(
-            q, k, place, key, real, beta_ptr, scale, row, batch, base, keys, docs, window, ticks, doc_ptr, C, WINDOW, DOC, PRECISION, MASKED
-        )
-        weight = tl.exp2(x - lse[:, None])
-        gv += tl.dot(tl.trans(weight).to(gy.dtype), gy, input_precision=PRECISION)
-        g = weight * (tl.dot(gy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        gk += tl.dot(tl.trans(g).to(q.dtype), q, input_precision=PRECISION)
-        total = tl.sum(tl.reshape(g, [M // C, C, K]), 1)
-        tl.store(gbeta_ptr + row * ticks * keys + (tick[:, None] * keys + key), total, mask=(tick[:, None] < ticks) & (key < keys))
+        q_at = rows(q_ptr, batch, head, q_b, q_h, q_t, query, D)
+        gy_at = rows(gy_ptr, batch, head, gy_b, gy_h, gy_t, query, D)
+        if EXACT:
+            q, gy = tl.load(q_at), tl.load(gy_at)
+            stat, delta = tl.load(stat_ptr + query), tl.load(delta_ptr + query)
+        else:
+            real = (query >= 0) & (query < queries)
+            q, gy = tl.load(q_at, mask=real[:, None], other=0.0), tl.load(gy_at, mask=real[:, None], other=0.0)
+            stat, delta = tl.load(stat_ptr + query, mask=real, other=0.0), tl.load(delta_ptr + query, mask=real, other=0.0)
+        planes = load_planes(plane_ptr, start // C, base, key, ticks, keys, C, M, P, R, MASKED)
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        x = tl.dot(tl.trans(planes), spread, x, input_precision=PRECISION)
+        weight = power2(x * factor - stat[None, :])
+        if MASKED:
+            weight = tl.where(
+                allowed(place[None, :], key[:, None], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True),
+                weight,
+                0.0,
+            )
+        gv = tl.dot(weight.to(gy.dtype), gy, gv, input_precision=PRECISION)
+        g = (weight * (tl.dot(v, tl.trans(gy), input_precision=PRECISION) - delta[None, :])).to(q.dtype)
+        gk = tl.dot(g, q, gk, input_precision=PRECISION)
+        store_ticks(gbeta_ptr, tl.dot(g, collect, input_precision=PRECISION), start // C, key, ticks, keys, M // C, NB)
     return gk, gv
 
 
 @triton.jit
 def _backward_keys(
-    q_ptr, k_ptr, v_ptr, beta_ptr, doc_ptr, gy_ptr, lse_ptr, delta_ptr, gk_ptr, gv_ptr, gbeta_ptr,
-    scale, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, doc_ptr, stat_ptr, delta_ptr,
+    gk_ptr, gk_b, gk_h, gk_t, gv_ptr, gv_b, gv_h, gv_t, gbeta_ptr, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+    WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (per query head) and dbeta of one block of keys; tiles of queries start on a tick."""
-    row = tl.program_id(1).to(tl.int64)
+    row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     key = tl.program_id(0) * K + tl.arange(0, K)
-    depth = tl.arange(0, D)
-    at = ((batch * (heads // group) + head // group) * keys + key[:, None]) * D + depth
-    k = tl.load(k_ptr + at, mask=key[:, None] < keys, other=0.0)
-    v = tl.load(v_ptr + at, mask=key[:, None] < keys, other=0.0)
+    live = key[:, None] < keys
+    k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=live, other=0.0)
+    v = tl.load(rows(v_ptr, batch, head // group, v_b, v_h, v_t, key, D), mask=live, other=0.0)
+    spread, collect = tl.trans(one_hot(M, C, R)).to(k.dtype), one_hot(M, C, NB)
+    if M // C < NB:
+        collect = tl.where(tl.arange(0, NB)[None, :] < M // C, collect, 0.0)
+    collect = collect.to(k.dtype)
     base = q_start // C * C
     gk, gv = tl.zeros([K, D], tl.float32), tl.zeros([K, D], tl.float32)
     end = q_start + queries - base
     low, high = key_span(tl.program_id(0), base, end, window, M, K, WINDOW)
-    fill_zeros(gbeta_ptr + row * ticks * keys, 0, low, key, keys, ticks, C, M, K)
+    local = tl.program_id(1).to(tl.int64) * ticks * keys
+    if FILL:
+        fill_zeros(gbeta_ptr + local, 0, low, key, keys, ticks, C, M, K)
     plain = high
-    if not (WINDOW or DOC):  # later queries see every key of the block
-        plain = tl.minimum(high, low + tl.cdiv(tl.maximum(tl.program_id(0) * K + K - base - low, 0), M) * M)
+    if EXACT:  # later queries see every key of the block
+        plain = tl.minimum(high, low + tl.cdiv(tl.program_id(0) * K + K - low, M) * M)
     gk, gv = _key_tiles(
-        gk, gv, low, plain, k, v, key, q_ptr, gy_ptr, lse_ptr, delta_ptr, beta_ptr, gbeta_ptr, doc_ptr,
-        scale, row, batch, base, q_start, queries, keys, docs, window, ticks, C, D, M, K, WINDOW, DOC, PRECISION, True,
+        gk, gv, low, plain, k, v, key, spread, collect, scale * LOG2E, q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t,
+        stat_ptr + row * queries, delta_ptr + row * queries, plane_ptr + local * P, gbeta_ptr + local, doc_ptr,
+        batch, head, base, q_start, queries, keys, docs, window, ticks,
+        C, D, M, K, P, R, NB, WINDOW, DOC, EXACT, PRECISION, True,
     )  # fmt: skip
-    if not (WINDOW or DOC):
+    if EXACT:
         gk, gv = _key_tiles(
-            gk, gv, plain, high, k, v, key, q_ptr, gy_ptr, lse_ptr, delta_ptr, beta_ptr, gbeta_ptr, doc_ptr,
-            scale, row, batch, base, q_start, queries, keys, docs, window, ticks, C, D, M, K, WINDOW, DOC, PRECISION, False,
+            gk, gv, plain, high, k, v, key, spread, collect, scale * LOG2E, q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t,
+            stat_ptr + row * queries, delta_ptr + row * queries, plane_ptr + local * P, gbeta_ptr + local, doc_ptr,
+            batch, head, base, q_start, queries, keys, docs, window, ticks,
+            C, D, M, K, P, R, NB, WINDOW, DOC, EXACT, PRECISION, False,
         )  # fmt: skip
-    fill_zeros(gbeta_ptr + row * ticks * keys, high, end, key, keys, ticks, C, M, K)
-    own = (row * keys + key[:, None]) * D + depth
-    tl.store(gk_ptr + own, gk * scale, mask=key[:, None] < keys)
-    tl.store(gv_ptr + own, gv, mask=key[:, None] < keys)
+    if FILL:
+        fill_zeros(gbeta_ptr + local, high, end, key, keys, ticks, C, M, K)
+    tl.store(rows(gk_ptr, batch, head, gk_b, gk_h, gk_t, key, D), gk * scale, mask=live)
+    tl.store(rows(gv_ptr, batch, head, gv_b, gv_h, gv_t, key, D), gv, mask=live)
 
 
 @triton.jit
 def _query_tiles(
-    gq, low, high, q, gy, lse, delta, place, real, k_ptr, v_ptr, beta_ptr, doc_ptr,
-    scale, row, source, batch, base, keys, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    gq, low, high, q, gy, stat, delta, hot, place, theta, scale,
+    k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, gplane_ptr, doc_ptr,
+    batch, source, tick, base, q_start, end, keys, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [low, high) to dq."""
-    depth = tl.arange(0, D)
-    for first in range(low, high, K):
-        key = first + tl.arange(0, K)
-        there = (source * keys + key[:, None]) * D + depth
-        k = tl.load(k_ptr + there, mask=key[:, None] < keys, other=0.0)
-        v = tl.load(v_ptr + there, mask=key[:, None] < keys, other=0.0)
-        x = _logits(
-            q, k, place, key, real, beta_ptr, scale, row, batch, base, keys, docs, window, ticks, doc_ptr, C, WINDOW, DOC, PRECISION, MASKED
-        )
-        g = tl.exp2(x - lse[:, None]) * (tl.dot(gy, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        gq += tl.dot(g.to(k.dtype), k, input_precision=PRECISION)
+    for begin in range(low, high, K):
+        key = begin + tl.arange(0, K)
+        k_at = rows(k_ptr, batch, source, k_b, k_h, k_t, key, D)
+        v_at = rows(v_ptr, batch, source, v_b, v_h, v_t, key, D)
+        if EXACT:
+            k, v = tl.load(k_at), tl.load(v_at)
+        else:
+            k, v = tl.load(k_at, mask=key[:, None] < keys, other=0.0), tl.load(v_at, mask=key[:, None] < keys, other=0.0)
+        planes = load_planes(plane_ptr, tick, base, key, ticks, keys, C, M, P, R, MASKED)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logit = tl.dot(hot, planes, x, input_precision=PRECISION)
+        g = power2(logit * (scale * LOG2E) - stat[:, None])
+        g *= tl.dot(gy, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+        if MASKED:
+            g = tl.where(allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True), g, 0.0)
+        if KIND >= 0:
+            planes = load_planes(gplane_ptr, tick, base, key, ticks, keys, C, M, P, R, MASKED)
+            driven = drive_slope(x, scale, theta, KIND) * tl.dot(hot, planes, input_precision=PRECISION)
+            if MASKED:
+                driven = tl.where(
+                    allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False), driven, 0.0
+                )
+            g += driven
+        gq = tl.dot(g.to(k.dtype), k, gq, input_precision=PRECISION)
     return gq
 
 
 @triton.jit
+def drive_slope(x, scale, theta, KIND: tl.constexpr):
+    """Derivative of phi (KIND 0) or softplus (1) at the logit x * scale - theta."""
+    if KIND == 0:
+        return saturate(x, 0.5 * scale, 0.5 - 0.5 * theta)
+    return 1.0 / (1.0 + tl.exp(theta - x * scale))
+
+
+@triton.jit
 def _backward_queries(
-    q_ptr, k_ptr, v_ptr, beta_ptr, doc_ptr, gy_ptr, lse_ptr, delta_ptr, gq_ptr,
-    scale, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, gplane_ptr, theta_ptr, doc_ptr,
+    stat_ptr, delta_ptr, gq_ptr, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries; the longest tiles come first."""
-    row = tl.program_id(1).to(tl.int64)
+    """dq of one tile of queries, with KIND >= 0 that of the drive too (gplane: its gradient); the longest tiles come first."""
+    row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    source = batch * (heads // group) + head // group
-    depth = tl.arange(0, D)
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    query = begin + tl.arange(0, M)
-    place, real = q_start + query, query < queries
     base = q_start // C * C
-    at = (row * queries + query[:, None]) * D + depth
-    q = tl.load(q_ptr + at, mask=real[:, None], other=0.0)
-    gy = tl.load(gy_ptr + at, mask=real[:, None], other=0.0)
-    lse = tl.load(lse_ptr + row * queries + query, mask=real, other=0.0)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    place = base + start + tl.arange(0, M)
+    query, end = place - q_start, q_start + queries
+    real = (query >= 0) & (query < queries)
+    q = tl.load(rows(q_ptr, batch, head, q_b, q_h, q_t, query, D), mask=real[:, None], other=0.0)
+    gy = tl.load(rows(gy_ptr, batch, head, gy_b, gy_h, gy_t, query, D), mask=real[:, None], other=0.0)
+    stat = tl.load(stat_ptr + row * queries + query, mask=real, other=0.0)
     delta = tl.load(delta_ptr + row * queries + query, mask=real, other=0.0)
+    theta = tl.load(theta_ptr + head) if KIND >= 0 else 0.0
+    hot = one_hot(M, C, R).to(q.dtype)
     gq = tl.zeros([M, D], tl.float32)
     low = 0
     if WINDOW:
-        low = tl.maximum(q_start + begin - window + 1, 0) // K * K
-    high = tl.minimum(keys, q_start + begin + M)
+        low = tl.maximum(base + start - window + 1, 0) // K * K
+    high = tl.minimum(keys, base + start + M)
+    local = tl.program_id(1).to(tl.int64) * P * ticks * keys
     plain = low
-    if not (WINDOW or DOC):
-        plain = tl.minimum((q_start + begin + 1) // K * K, high)
+    if EXACT:
+        plain = start // K * K
         gq = _query_tiles(
-            gq, low, plain, q, gy, lse, delta, place, real, k_ptr, v_ptr, beta_ptr, doc_ptr,
-            scale, row, source, batch, base, keys, docs, window, ticks, C, D, K, WINDOW, DOC, PRECISION, False,
+            gq, low, plain, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
+            plane_ptr + local, gplane_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
+            C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, False,
         )  # fmt: skip
     gq = _query_tiles(
-        gq, plain, high, q, gy, lse, delta, place, real, k_ptr, v_ptr, beta_ptr, doc_ptr,
-        scale, row, source, batch, base, keys, docs, window, ticks, C, D, K, WINDOW, DOC, PRECISION, True,
+        gq, plain, high, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
+        plane_ptr + local, gplane_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
+        C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, True,
     )  # fmt: skip
-    tl.store(gq_ptr + at, gq * scale, mask=real[:, None])
+    tl.store(rows(gq_ptr, batch, head, q_b, q_h, q_t, query, D), gq * scale, mask=real[:, None])
 
 
-def _arguments(
-    q: Tensor, k: Tensor, beta: Tensor, tick: int, q_start: int, window: int | None, doc: Tensor | None, tile: Tile
-) -> tuple[tuple, dict]:
-    sizes = (q_start, q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1], 0 if doc is None else doc.shape[1], window or 0)
-    static = {
-        "C": tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys, "WINDOW": window is not None, "DOC": doc is not None,
-        "PRECISION": precision(q), "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    return (*sizes, beta.shape[2]), static
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, planes: Tensor, barrier: Tensor | None, strength: Tensor | None, limit: float | None, site: Site,
+    y: Tensor, stat: Tensor,
+) -> None:  # fmt: skip
+    """Fill y and stat for the pairs of `site`. limit: bound on the biased logits in units of log 2; None: unknown."""
+    tile = tile_for("attention", q, site.tick)
+    _forward[site.query_grid(q, tile)](
+        q, *strides(q), k, *strides(k), v, *strides(v), planes, site.mask(q), *((q, q) if barrier is None else (barrier, strength)),
+        y, *strides(y), stat, limit or 0.0, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
+        BOUNDED=limit is not None, BARRIER=barrier is not None,
+    )  # fmt: skip
+
+
+def backward_keys(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, stat: Tensor, delta: Tensor, site: Site,
+    gk: Tensor, gv: Tensor, gbeta: Tensor, *, fill: bool,
+) -> None:  # fmt: skip
+    """Fill gk, gv [B, H, Tk, D] and gbeta [pairs, N, Tk]; fill: also the ticks of gbeta before a key's block."""
+    tile = tile_for("attention_keys", q, site.tick)
+    _backward_keys[site.key_grid(k, tile)](
+        q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes, site.mask(q), stat, delta,
+        gk, *strides(gk), gv, *strides(gv), gbeta, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
+        NB=max(FEWEST, tile.queries // site.tick), FILL=fill,
+    )  # fmt: skip
+
+
+def backward_queries(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, stat: Tensor, delta: Tensor, site: Site,
+    gq: Tensor, gplanes: Tensor | None = None, theta: Tensor | None = None, kind: int = -1,
+) -> None:  # fmt: skip
+    """Fill gq; with gplanes, the drive's gradient as planes, also the drive's part of it (theta and kind as in `tick_drive`)."""
+    tile = tile_for("attention_queries", q, site.tick)
+    _backward_queries[site.query_grid(q, tile)](
+        q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes,
+        *((planes, stat) if gplanes is None else (gplanes, theta)), site.mask(q), stat, delta,
+        gq, site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind,
+    )  # fmt: skip
+
+
+def row_products(grad: Tensor, y: Tensor) -> Tensor:
+    """delta [B, H, Tq] = sum over D of grad * y: what a softmax subtracts from the gradients of its weights."""
+    return (grad.float() * y.float()).sum(-1)
+
+
+def key_gradients(q: Tensor, k: Tensor) -> Tensor:
+    """Room for a gradient of k or v per query head; in float32 where heads share keys and are summed afterwards."""
+    if q.shape[1] == k.shape[1]:
+        return torch.empty_like(k)
+    return k.new_empty(q.shape[0], q.shape[1], *k.shape[2:], dtype=torch.float32)
+
+
+def sum_groups(grad: Tensor, k: Tensor) -> Tensor:
+    """Gradient per key head of `key_gradients`."""
+    return grad if grad.shape[1] == k.shape[1] else grad.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::tick_biased_attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, doc: Tensor | None, tick: int, scale: float, q_start: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.tick_biased_attention`; returns y and the log2-sum-exp2 of every query's logits, [B, H, Tq] float32."""
-    q, k, v, beta = q.contiguous(), k.contiguous(), v.contiguous(), beta.contiguous()
-    batch, heads, length, dim = q.shape
-    tile = tile_for("attention", dim, q.element_size(), tick)
-    sizes, static = _arguments(q, k, beta, tick, q_start, window, doc, tile)
-    y, lse = torch.empty_like(q), q.new_empty(batch, heads, length, dtype=torch.float32)
-    grid = (triton.cdiv(length, tile.queries), batch * heads)
-    _forward[grid](q, k, v, beta, doc if doc is not None else q, y, lse, scale, *sizes, **static)
-    return y, lse
+    """See `kernels.tick_biased_attention`; returns y and the statistic of every query's logits, [B, H, Tq] float32."""
+    q, k, v = dense(q), dense(k), dense(v)
+    site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
+    y, stat = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    forward(q, k, v, to_planes(beta / scale, q.dtype), None, None, None, site, y, stat)
+    return y, stat
 
 
 @attention_op.register_fake
 def _(q, k, v, beta, doc, tick, scale, q_start, window):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(dense(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::tick_biased_attention_adjoint", mutates_args=())
 def attention_adjoint(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, doc: Tensor | None, y: Tensor, lse: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, doc: Tensor | None, y: Tensor, stat: Tensor,
     tick: int, scale: float, q_start: int, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and beta."""
-    q, k, v, beta, grad = q.contiguous(), k.contiguous(), v.contiguous(), beta.contiguous(), grad.contiguous()
-    batch, heads, length, dim = q.shape
-    keys, group = k.shape[2], q.shape[1] // k.shape[1]
-    tile = tile_for("attention_backward", dim, q.element_size(), tick)
-    sizes, static = _arguments(q, k, beta, tick, q_start, window, doc, tile)
-    delta = (grad.float() * y.float()).sum(-1)
-    wide = q.dtype if group == 1 else torch.float32
-    gk, gv = (q.new_empty(batch, heads, keys, dim, dtype=wide) for _ in range(2))
-    gq, gbeta = torch.empty_like(q), torch.empty_like(beta)
-    mask = doc if doc is not None else q
-    _backward_keys[(triton.cdiv(keys, tile.keys), batch * heads)](
-        q, k, v, beta, mask, grad, lse, delta, gk, gv, gbeta, scale, *sizes, **static
-    )
-    _backward_queries[(triton.cdiv(length, tile.queries), batch * heads)](
-        q, k, v, beta, mask, grad, lse, delta, gq, scale, *sizes, **static
-    )
-    if group > 1:
-        gk, gv = (g.view(batch, k.shape[1], group, keys, dim).sum(2).to(k.dtype) for g in (gk, gv))
-    return gq, gk, gv, gbeta
+    q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
+    site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
+    planes, delta = to_planes(beta / scale, q.dtype), row_products(grad, y)
+    gq, gk, gv, gbeta = torch.empty_like(q), key_gradients(q, k), key_gradients(q, v), torch.empty(beta.shape, device=q.device)
+    backward_keys(grad, q, k, v, planes, stat, delta, site, gk, gv, gbeta, fill=True)
+    backward_queries(grad, q, k, v, planes, stat, delta, site, gq)
+    return gq, sum_groups(gk, k), sum_groups(gv, v), gbeta
 
 
 @attention_adjoint.register_fake
-def _(grad, q, k, v, beta, doc, y, lse, tick, scale, q_start, window):
-    return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in (q, k, v, beta))
+def _(grad, q, k, v, beta, doc, y, stat, tick, scale, q_start, window):
+    q, k, v = dense(q), dense(k), dense(v)
+    gk, gv = (sum_groups(key_gradients(q, x), x) for x in (k, v))
+    return torch.empty_like(q), gk, gv, torch.empty_like(beta, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -294,8 +397,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _):
-    q, k, v, beta, doc, y, lse = ctx.saved_tensors
-    grads = attention_adjoint(grad, q, k, v, beta, doc, y, lse, ctx.tick, ctx.scale, ctx.q_start, ctx.window)
+    q, k, v, beta, doc, y, stat = ctx.saved_tensors
+    grads = attention_adjoint(grad, q, k, v, beta, doc, y, stat, ctx.tick, ctx.scale, ctx.q_start, ctx.window)
     return *grads, *[None] * 5
 
 

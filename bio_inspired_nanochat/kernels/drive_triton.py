@@ -1,6 +1,7 @@
 """Triton execution of `tick_drive`: logits tile by tile, summed over each tick before anything is stored.
 
-Dimensions: B batch, H query heads, Hkv key heads, Tq queries, Tk keys, N ticks, D head size; M queries and K keys of a tile.
+Dimensions: B batch, H query heads, Hkv key heads, Tq queries, Tk keys, N ticks, D head size; M queries and K keys of a tile,
+R rows of planes (`kernels.tiles`). Programs cover the pairs of batch row and head from `first` on.
 """
 
 from __future__ import annotations
@@ -12,147 +13,232 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bio_inspired_nanochat.kernels.attention_triton import drive_slope, key_gradients, sum_groups
 from bio_inspired_nanochat.kernels.masks import num_ticks
-from bio_inspired_nanochat.kernels.tiles import Tile, allowed, fill_zeros, key_span, precision, tile_for
+from bio_inspired_nanochat.kernels.tiles import (
+    FEWEST,
+    Site,
+    allowed,
+    dense,
+    fill_zeros,
+    key_span,
+    load_planes,
+    one_hot,
+    rows,
+    saturate,
+    store_ticks,
+    strides,
+    tile_for,
+    to_planes,
+)
 
 KINDS = {"phi": 0, "softplus": 1}
 
 
 @triton.jit
-def _drive(x, KIND: tl.constexpr):
-    """phi or softplus of a logit above threshold, `kernels.reference.phi`."""
+def _raised(x, scale, theta, KIND: tl.constexpr):
+    """phi or softplus of the logit x * scale - theta, `kernels.reference.phi`."""
     if KIND == 0:
-        raised = tl.maximum(x + 1.0, 0.0)
-        return tl.where(x < 1.0, raised * raised * 0.25, x)
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+        low = saturate(x, 0.5 * scale, 0.5 - 0.5 * theta)
+        return low * low + 2.0 * tl.maximum(x * (0.5 * scale) - (0.5 + 0.5 * theta), 0.0)
+    above = x * scale - theta
+    return tl.maximum(above, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(above)))
 
 
 @triton.jit
-def _slope(x, KIND: tl.constexpr):
-    if KIND == 0:
-        return tl.minimum(tl.maximum(x + 1.0, 0.0), 2.0) * 0.5
-    return 1.0 / (1.0 + tl.exp(-x))
+def _collect_tiles(
+    low, high, k, key, collect, theta, scale, q_ptr, q_b, q_h, q_t, u_ptr, doc_ptr,
+    batch, head, base, q_start, queries, keys, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, NB: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr,
+    KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Store the drive of the tiles of queries that start in [low, high), counted from `base`."""
+    for start in range(low, high, M):
+        place = base + start + tl.arange(0, M)
+        query = place - q_start
+        q_at = rows(q_ptr, batch, head, q_b, q_h, q_t, query, D)
+        if EXACT:
+            q = tl.load(q_at)
+        else:
+            q = tl.load(q_at, mask=((query >= 0) & (query < queries))[:, None], other=0.0)
+        raised = _raised(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, theta, KIND)
+        if MASKED:
+            raised = tl.where(
+                allowed(place[None, :], key[:, None], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False),
+                raised,
+                0.0,
+            )
+        store_ticks(u_ptr, tl.dot(raised.to(q.dtype), collect, input_precision=PRECISION), start // C, key, ticks, keys, M // C, NB)
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, theta_ptr, doc_ptr, u_ptr, scale, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, doc_ptr, u_ptr,
+    scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+    WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of keys of one head against every query tile; tiles start on a tick."""
-    row = tl.program_id(1).to(tl.int64)
+    row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     key = tl.program_id(0) * K + tl.arange(0, K)
-    depth = tl.arange(0, D)
-    k = tl.load(k_ptr + ((batch * (heads // group) + head // group) * keys + key[:, None]) * D + depth, mask=key[:, None] < keys, other=0.0)
+    k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=key[:, None] < keys, other=0.0)
+    collect = one_hot(M, C, NB)
+    if M // C < NB:
+        collect = tl.where(tl.arange(0, NB)[None, :] < M // C, collect, 0.0)
+    collect = collect.to(k.dtype)
     theta = tl.load(theta_ptr + head)
     base = q_start // C * C
     end = q_start + queries - base
     low, high = key_span(tl.program_id(0), base, end, window, M, K, WINDOW)
-    out = u_ptr + row * ticks * keys
-    fill_zeros(out, 0, low, key, keys, ticks, C, M, K)
-    for start in range(low, high, M):
-        tick = start // C + tl.arange(0, M // C)
-        place = base + start + tl.arange(0, M)
-        query = place - q_start
-        real = (query >= 0) & (query < queries)
-        q = tl.load(q_ptr + (row * queries + query[:, None]) * D + depth, mask=real[:, None], other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - theta
-        seen = allowed(place, key, real, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False)
-        total = tl.sum(tl.reshape(tl.where(seen, _drive(x, KIND), 0.0), [M // C, C, K]), 1)
-        tl.store(out + (tick[:, None] * keys + key), total, mask=(tick[:, None] < ticks) & (key < keys))
-    fill_zeros(out, high, end, key, keys, ticks, C, M, K)
+    out = u_ptr + tl.program_id(1).to(tl.int64) * ticks * keys
+    if FILL:
+        fill_zeros(out, 0, low, key, keys, ticks, C, M, K)
+    plain = high
+    if EXACT:
+        plain = tl.minimum(high, low + tl.cdiv(tl.program_id(0) * K + K - low, M) * M)
+    _collect_tiles(
+        low, plain, k, key, collect, theta, scale, q_ptr, q_b, q_h, q_t, out, doc_ptr,
+        batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, NB, WINDOW, DOC, EXACT, KIND, PRECISION, True,
+    )  # fmt: skip
+    if EXACT:
+        _collect_tiles(
+            plain, high, k, key, collect, theta, scale, q_ptr, q_b, q_h, q_t, out, doc_ptr,
+            batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, NB, WINDOW, DOC, EXACT, KIND, PRECISION, False,
+        )  # fmt: skip
+    if FILL:
+        fill_zeros(out, high, end, key, keys, ticks, C, M, K)
 
 
 @triton.jit
-def _cotangent(
-    q, k, place, key, real, gu_ptr, theta, scale, row, batch, base, keys, docs, window, ticks, doc_ptr,
-    C: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+def _key_tiles(
+    gk, gtheta, low, high, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, plane_ptr, doc_ptr,
+    batch, head, base, q_start, queries, keys, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
+    EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits of a tile, [M, K]."""
-    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - theta
-    seen = allowed(place, key, real, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False)
-    tick = (place - base) // C
-    spread = tl.load(gu_ptr + row * ticks * keys + (tick[:, None] * keys + key), mask=seen, other=0.0)
-    return tl.where(seen, _slope(x, KIND) * spread, 0.0)
+    """Add the tiles of queries that start in [low, high), counted from `base`, to dk and dtheta."""
+    ones = tl.full([M, 16], 1.0, k.dtype)
+    for start in range(low, high, M):
+        place = base + start + tl.arange(0, M)
+        query = place - q_start
+        q_at = rows(q_ptr, batch, head, q_b, q_h, q_t, query, D)
+        if EXACT:
+            q = tl.load(q_at)
+        else:
+            q = tl.load(q_at, mask=((query >= 0) & (query < queries))[:, None], other=0.0)
+        planes = load_planes(plane_ptr, start // C, base, key, ticks, keys, C, M, P, R, MASKED)
+        g = drive_slope(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, theta, KIND)
+        g *= tl.dot(tl.trans(planes), spread, input_precision=PRECISION)
+        if MASKED:
+            g = tl.where(
+                allowed(place[None, :], key[:, None], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False),
+                g,
+                0.0,
+            )
+        g = g.to(q.dtype)
+        gk = tl.dot(g, q, gk, input_precision=PRECISION)
+        gtheta = tl.dot(g, ones, gtheta, input_precision=PRECISION)
+    return gk, gtheta
 
 
 @triton.jit
 def _backward_keys(
-    q_ptr, k_ptr, theta_ptr, doc_ptr, gu_ptr, gk_ptr, gtheta_ptr, scale, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, plane_ptr, doc_ptr, gk_ptr, gk_b, gk_h, gk_t, gtheta_ptr,
+    scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk of one block of keys (per query head), and its share of dtheta."""
-    row = tl.program_id(1).to(tl.int64)
+    """dk of one block of keys (per query head; ADD: on top of what is there), and its share of dtheta."""
+    row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     key = tl.program_id(0) * K + tl.arange(0, K)
-    depth = tl.arange(0, D)
-    k = tl.load(k_ptr + ((batch * (heads // group) + head // group) * keys + key[:, None]) * D + depth, mask=key[:, None] < keys, other=0.0)
+    live = key[:, None] < keys
+    k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=live, other=0.0)
+    spread = tl.trans(one_hot(M, C, R)).to(k.dtype)
     theta = tl.load(theta_ptr + head)
     base = q_start // C * C
     gk = tl.zeros([K, D], tl.float32)
-    gtheta = tl.zeros([K], tl.float32)
+    gtheta = tl.zeros([K, 16], tl.float32)
     low, high = key_span(tl.program_id(0), base, q_start + queries - base, window, M, K, WINDOW)
-    for start in range(low, high, M):
-        place = base + start + tl.arange(0, M)
-        query = place - q_start
-        real = (query >= 0) & (query < queries)
-        q = tl.load(q_ptr + (row * queries + query[:, None]) * D + depth, mask=real[:, None], other=0.0)
-        g = _cotangent(
-            q, k, place, key, real, gu_ptr, theta, scale, row, batch, base, keys, docs, window, ticks, doc_ptr,
-            C, WINDOW, DOC, KIND, PRECISION,
+    plane_at = plane_ptr + tl.program_id(1).to(tl.int64) * P * ticks * keys
+    plain = high
+    if EXACT:
+        plain = tl.minimum(high, low + tl.cdiv(tl.program_id(0) * K + K - low, M) * M)
+    gk, gtheta = _key_tiles(
+        gk, gtheta, low, plain, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, plane_at, doc_ptr,
+        batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, True,
+    )  # fmt: skip
+    if EXACT:
+        gk, gtheta = _key_tiles(
+            gk, gtheta, plain, high, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, plane_at, doc_ptr,
+            batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, False,
         )  # fmt: skip
-        gtheta -= tl.sum(g, 0)
-        gk += tl.dot(tl.trans(g).to(q.dtype), q, input_precision=PRECISION)
-    tl.store(gk_ptr + (row * keys + key[:, None]) * D + depth, gk * scale, mask=key[:, None] < keys)
-    tl.store(gtheta_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(gtheta, 0))
+    at = rows(gk_ptr, batch, head, gk_b, gk_h, gk_t, key, D)
+    gk *= scale
+    if ADD:
+        gk += tl.load(at, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, gk, mask=live)
+    first_column = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, gtheta, 0.0), 1)
+    tl.store(gtheta_ptr + row * tl.num_programs(0) + tl.program_id(0), -tl.sum(first_column, 0))
 
 
 @triton.jit
 def _backward_queries(
-    q_ptr, k_ptr, theta_ptr, doc_ptr, gu_ptr, gq_ptr, scale, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, plane_ptr, doc_ptr, gq_ptr,
+    scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries; the longest tiles come first."""
-    row = tl.program_id(1).to(tl.int64)
+    row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    depth = tl.arange(0, D)
     base = q_start // C * C
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    place = q_start + begin + tl.arange(0, M)
-    query = begin + tl.arange(0, M)
-    real = query < queries
-    q = tl.load(q_ptr + (row * queries + query[:, None]) * D + depth, mask=real[:, None], other=0.0)
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    place = base + start + tl.arange(0, M)
+    query = place - q_start
+    real = (query >= 0) & (query < queries)
+    q = tl.load(rows(q_ptr, batch, head, q_b, q_h, q_t, query, D), mask=real[:, None], other=0.0)
     theta = tl.load(theta_ptr + head)
+    hot = one_hot(M, C, R).to(q.dtype)
     gq = tl.zeros([M, D], tl.float32)
-    first = 0
+    low = 0
     if WINDOW:
-        first = tl.maximum(q_start + begin - window + 1, 0) // K * K
-    for low in range(first, tl.minimum(keys, q_start + begin + M), K):
-        key = low + tl.arange(0, K)
-        k = tl.load(
-            k_ptr + ((batch * (heads // group) + head // group) * keys + key[:, None]) * D + depth, mask=key[:, None] < keys, other=0.0
-        )
-        g = _cotangent(
-            q, k, place, key, real, gu_ptr, theta, scale, row, batch, base, keys, docs, window, ticks, doc_ptr,
-            C, WINDOW, DOC, KIND, PRECISION,
-        )  # fmt: skip
-        gq += tl.dot(g.to(k.dtype), k, input_precision=PRECISION)
-    tl.store(gq_ptr + (row * queries + query[:, None]) * D + depth, gq * scale, mask=real[:, None])
+        low = tl.maximum(base + start - window + 1, 0) // K * K
+    plane_at = plane_ptr + tl.program_id(1).to(tl.int64) * P * ticks * keys
+    for begin in range(low, tl.minimum(keys, base + start + M), K):
+        key = begin + tl.arange(0, K)
+        k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=key[:, None] < keys, other=0.0)
+        planes = load_planes(plane_at, start // C, base, key, ticks, keys, C, M, P, R, True)
+        g = drive_slope(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, theta, KIND)
+        g *= tl.dot(hot, planes, input_precision=PRECISION)
+        seen = allowed(place[:, None], key[None, :], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False)
+        gq = tl.dot(tl.where(seen, g, 0.0).to(k.dtype), k, gq, input_precision=PRECISION)
+    tl.store(rows(gq_ptr, batch, head, q_b, q_h, q_t, query, D), gq * scale, mask=real[:, None])
 
 
-def _arguments(
-    q: Tensor, k: Tensor, tick: int, q_start: int, window: int | None, doc: Tensor | None, kind: str, tile: Tile
-) -> tuple[tuple, dict]:
-    sizes = (q_start, q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1], 0 if doc is None else doc.shape[1], window or 0)
-    static = {
-        "C": tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys, "WINDOW": window is not None, "DOC": doc is not None,
-        "KIND": KINDS[kind], "PRECISION": precision(q), "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    return (*sizes, num_ticks(q_start, q.shape[2], tick)), static
+def forward(q: Tensor, k: Tensor, theta: Tensor, kind: int, site: Site, out: Tensor, *, fill: bool) -> None:
+    """Fill out [pairs, N, Tk] float32; fill: also the ticks before a key's block, which have no drive."""
+    tile = tile_for("drive", q, site.tick)
+    _forward[site.key_grid(k, tile)](
+        q, *strides(q), k, *strides(k), theta, site.mask(q), out, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
+        NB=max(FEWEST, tile.queries // site.tick), KIND=kind, FILL=fill,
+    )  # fmt: skip
+
+
+def backward_keys(q: Tensor, k: Tensor, theta: Tensor, kind: int, planes: Tensor, site: Site, gk: Tensor, *, add: bool) -> Tensor:
+    """Fill gk [B, H, Tk, D] or add to it, from the drive's gradient as planes; returns that of theta [H].
+
+    All pairs must have been covered by the end of the calls that share a gk.
+    """
+    tile = tile_for("drive_keys", q, site.tick)
+    grid = site.key_grid(k, tile)
+    gtheta = theta.new_zeros(q.shape[0], q.shape[1], grid[0])
+    _backward_keys[grid](
+        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gk, *strides(gk), gtheta,
+        site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind, ADD=add,
+    )  # fmt: skip
+    return gtheta.sum((0, 2))
 
 
 @torch.library.custom_op("bio_inspired_nanochat::tick_drive", mutates_args=())
@@ -160,13 +246,10 @@ def tick_drive_op(
     q: Tensor, k: Tensor, theta: Tensor, doc: Tensor | None, tick: int, scale: float, q_start: int, window: int | None, kind: str
 ) -> Tensor:
     """See `kernels.tick_drive`; q [B, H, Tq, D], k [B, Hkv, Tk, D], theta [H] float32 to [B, H, N, Tk] float32."""
-    q, k = q.contiguous(), k.contiguous()
-    batch, heads, length, dim = q.shape
-    tile = tile_for("drive", dim, q.element_size(), tick)
-    sizes, static = _arguments(q, k, tick, q_start, window, doc, kind, tile)
-    out = q.new_empty(batch, heads, num_ticks(q_start, length, tick), k.shape[2], dtype=torch.float32)
-    grid = (triton.cdiv(k.shape[2], tile.keys), batch * heads)
-    _forward[grid](q, k, theta.contiguous(), doc if doc is not None else q, out, scale, *sizes, **static)
+    q, k = dense(q), dense(k)
+    site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
+    out = q.new_empty(*q.shape[:2], num_ticks(q_start, q.shape[2], tick), k.shape[2], dtype=torch.float32)
+    forward(q, k, theta.contiguous(), KINDS[kind], site, out, fill=True)
     return out
 
 
@@ -177,41 +260,25 @@ def _(q, k, theta, doc, tick, scale, q_start, window, kind):
 
 @torch.library.custom_op("bio_inspired_nanochat::tick_drive_adjoint", mutates_args=())
 def tick_drive_adjoint(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    theta: Tensor,
-    doc: Tensor | None,
-    tick: int,
-    scale: float,
-    q_start: int,
-    window: int | None,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, theta: Tensor, doc: Tensor | None,
+    tick: int, scale: float, q_start: int, window: int | None, kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and theta from that of the drive."""
-    q, k, grad, theta = q.contiguous(), k.contiguous(), grad.contiguous(), theta.contiguous()
-    batch, heads, length, dim = q.shape
-    keys, group = k.shape[2], q.shape[1] // k.shape[1]
-    tile = tile_for("drive_backward", dim, q.element_size(), tick)
-    sizes, static = _arguments(q, k, tick, q_start, window, doc, kind, tile)
-    grid = (triton.cdiv(keys, tile.keys), batch * heads)
-    gq, gk = torch.empty_like(q), q.new_empty(batch, heads, keys, dim, dtype=q.dtype if group == 1 else torch.float32)
-    gtheta = theta.new_empty(batch, heads, grid[0])
-    mask = doc if doc is not None else q
-    _backward_keys[grid](q, k, theta, mask, grad, gk, gtheta, scale, *sizes, **static)
-    _backward_queries[(triton.cdiv(length, tile.queries), batch * heads)](q, k, theta, mask, grad, gq, scale, *sizes, **static)
-    if group > 1:
-        gk = gk.view(batch, k.shape[1], group, keys, dim).sum(2).to(k.dtype)
-    return gq, gk, gtheta.sum((0, 2))
+    q, k, theta = dense(q), dense(k), theta.contiguous()
+    site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
+    planes, gq, gk = to_planes(grad, q.dtype), torch.empty_like(q), key_gradients(q, k)
+    gtheta = backward_keys(q, k, theta, KINDS[kind], planes, site, gk, add=False)
+    tile = tile_for("drive_queries", q, tick)
+    _backward_queries[site.query_grid(q, tile)](
+        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gq, scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=KINDS[kind]
+    )
+    return gq, sum_groups(gk, k), gtheta
 
 
 @tick_drive_adjoint.register_fake
 def _(grad, q, k, theta, doc, tick, scale, q_start, window, kind):
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-        torch.empty_like(theta),
-    )
+    q, k = dense(q), dense(k)
+    return torch.empty_like(q), sum_groups(key_gradients(q, k), k), torch.empty_like(theta, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -1,4 +1,9 @@
-"""What the Triton attention kernels share: the mask of a tile, tile sizes by device limits, precision of matrix products."""
+"""What the Triton kernels share: fast elementary functions, the mask of a tile, ticks as matrices, tile sizes by device limits.
+
+A tick is a one-hot matrix. What belongs to a tick and a key, [N, Tk], is spread over the queries of a tile, or collected from
+them, by one more small product on the matrix units, which costs no arithmetic elsewhere. Where operands are bfloat16, such a
+value is held as a sum of two of them, in two planes [2, N, Tk], and keeps 16 bits of mantissa.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bio_inspired_nanochat.kernels.masks import num_ticks
+
 FAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -33,17 +41,74 @@ def logarithm(x):
 
 
 @triton.jit
-def allowed(place, key, real, keys, doc_ptr, batch, docs, window, WINDOW: tl.constexpr, DOC: tl.constexpr, DIAGONAL: tl.constexpr):
-    """Mask [M, K] of the pairs of a tile, `kernels.masks.allowed`: queries at positions `place`, `real` where they exist."""
-    distance = place[:, None] - key
-    seen = real[:, None] & (key < keys) & (distance >= 0 if DIAGONAL else distance > 0)
+def power2(x):
+    """2 ** x in one instruction; results below 1e-38 are 0."""
+    if FAST:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def exponential(x):
+    """e ** x with a relative error of 2e-7 * (1 + |x|)."""
+    return power2(x * LOG2E)
+
+
+@triton.jit
+def saturate(x, factor, summand):
+    """x * factor + summand, limited to [0, 1]."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factor, summand], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.minimum(tl.maximum(x * factor + summand, 0.0), 1.0)
+
+
+@triton.jit
+def allowed(place, key, queries_end, q_start, keys, doc_ptr, batch, docs, window, WINDOW: tl.constexpr, DOC: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Mask of the pairs of a tile, `kernels.masks.allowed`; place and key are positions in shapes that broadcast."""
+    distance = place - key
+    seen = (place >= q_start) & (place < queries_end) & (key < keys) & (distance >= 0 if DIAGONAL else distance > 0)
     if WINDOW:
         seen = seen & (distance < window)
     if DOC:
         mine = tl.load(doc_ptr + batch * docs + tl.minimum(tl.maximum(place, 0), docs - 1))
         theirs = tl.load(doc_ptr + batch * docs + tl.minimum(key, docs - 1))
-        seen = seen & (mine[:, None] == theirs)
+        seen = seen & (mine == theirs)
     return seen
+
+
+@triton.jit
+def rows(ptr, batch, head, of_batch, of_head, of_token, token, D: tl.constexpr):
+    """Pointers [*, D] to tokens of one head; the strides are those of a [B, H, T, D] tensor whose last one is 1."""
+    return ptr + (batch * of_batch + head * of_head) + token[:, None] * of_token + tl.arange(0, D)
+
+
+@triton.jit
+def one_hot(M: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
+    """[M, R]: 1 where a query lies in the tick of a row of planes (rows repeat the N = M / C ticks of the tile)."""
+    N: tl.constexpr = M // C
+    return tl.where((tl.arange(0, M) // C)[:, None] == (tl.arange(0, R) % N)[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def load_planes(
+    plane_ptr, tick, base, key, ticks, keys, C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr
+):
+    """Planes of the ticks of a tile, [R, K]: rows 0..N-1 from the first plane, then the next; 0 before a key's own tick.
+
+    tick: the tile's first tick counted from position `base`.
+    """
+    N: tl.constexpr = M // C
+    r = tl.arange(0, R)
+    n = tick + r % N
+    at = plane_ptr + ((r // N) * ticks + n)[:, None] * keys + key[None, :]
+    if MASKED:
+        live = ((r < P * N) & (n < ticks))[:, None] & (key < keys)[None, :]
+        return tl.load(at, mask=live & ((base + (n + 1) * C)[:, None] > key[None, :]), other=0.0)
+    if R > P * N:
+        return tl.load(at, mask=(r < P * N)[:, None], other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
@@ -64,6 +129,15 @@ def fill_zeros(out_ptr, low, high, key, keys, ticks, C: tl.constexpr, M: tl.cons
         tl.store(out_ptr + (tick[:, None] * keys + key), tl.zeros([M // C, K], tl.float32), mask=(tick[:, None] < ticks) & (key < keys))
 
 
+@triton.jit
+def store_ticks(out_ptr, value, tick, key, ticks, keys, N: tl.constexpr, NB: tl.constexpr):
+    """Store value [K, NB], of which the first N columns are ticks from `tick` on, into one head's [N, Tk]."""
+    n = tl.arange(0, NB)
+    tl.store(
+        out_ptr + (tick + n)[None, :] * keys + key[:, None], value, mask=((n < N) & (tick + n < ticks))[None, :] & (key < keys)[:, None]
+    )
+
+
 class Tile(NamedTuple):
     """Sizes of a tile and how it is launched."""
 
@@ -76,21 +150,22 @@ class Tile(NamedTuple):
 # Per kernel and head size up to 64, up to 128: measured on an H100; all fit into 99 KB of shared memory, the limit of consumer cards.
 TILES = {
     "drive": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "drive_backward": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    "drive_keys": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    "drive_queries": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     "attention": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "attention_backward": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
-    "fused": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "fused_backward": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    "attention_keys": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    "attention_queries": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
 }
 WIDEST_HEAD = 128
+FEWEST = 16  # rows of the smallest matrix product
 
 
-def tile_for(kernel: str, head_dim: int, element_size: int, tick: int) -> Tile:
+def tile_for(kernel: str, q: Tensor, tick: int) -> Tile:
     """The tile of a kernel; float32 operands take twice the shared memory, so they get half the keys."""
-    tile = TILES[kernel][head_dim > 64]
+    tile = TILES[kernel][q.shape[3] > 64]
     if _interpreted():
-        return tile._replace(queries=max(16, tick) if "fused" not in kernel else 32, keys=16)
-    return tile if element_size <= 2 else tile._replace(queries=max(32, tick), keys=32, stages=1)
+        return tile._replace(queries=max(16, tick), keys=16)
+    return tile if q.element_size() <= 2 else tile._replace(queries=max(32, tick), keys=32, stages=1)
 
 
 @functools.cache
@@ -98,9 +173,25 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def precision(q: Tensor) -> str:
-    """Float32 matrix products stay float32."""
-    return "ieee" if q.dtype == torch.float32 else "tf32"
+def planes_of(dtype: torch.dtype) -> int:
+    """How many values of this dtype hold one that belongs to a tick and a key."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def to_planes(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., N, Tk] float32 as planes [..., P, N, Tk] whose sum it is."""
+    high = x.to(dtype)
+    return high.unsqueeze(-3) if dtype == torch.float32 else torch.stack([high, (x - high.float()).to(dtype)], dim=-3)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x [B, H, T, D] in one of the two layouts that the kernels write their gradients in: heads before tokens or after."""
+    return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and token of a [B, H, T, D] tensor."""
+    return x.stride()[:3]
 
 
 def head_obstacle(q: Tensor) -> str | None:
@@ -112,3 +203,47 @@ def head_obstacle(q: Tensor) -> str | None:
     if _interpreted() and q.dtype != torch.float32:
         return "Triton's interpreter computes bfloat16 wrongly"
     return None
+
+
+class Site(NamedTuple):
+    """Where a call takes place: the queries' start, the mask, and which of the B * H pairs of batch row and head it covers."""
+
+    tick: int
+    scale: float
+    q_start: int
+    window: int | None
+    doc: Tensor | None
+    first: int
+    count: int
+
+    def sizes(self, q: Tensor, k: Tensor) -> tuple[int, ...]:
+        """The arguments of every kernel from `first` to `ticks`."""
+        docs = 0 if self.doc is None else self.doc.shape[1]
+        group = q.shape[1] // k.shape[1]
+        return (
+            *(self.first, self.q_start, q.shape[2], k.shape[2], q.shape[1], group, docs, self.window or 0),
+            num_ticks(self.q_start, q.shape[2], self.tick),
+        )
+
+    def static(self, q: Tensor, k: Tensor, tile: Tile) -> dict:
+        """The compile-time arguments of every kernel. EXACT: whole tiles from position 0 and no mask but the causal one."""
+        plain = self.q_start == 0 and q.shape[2] == k.shape[2] and self.window is None and self.doc is None
+        planes = planes_of(q.dtype)
+        return {
+            "C": self.tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys, "P": planes,
+            "R": max(FEWEST, planes * tile.queries // self.tick), "WINDOW": self.window is not None, "DOC": self.doc is not None,
+            "EXACT": plain and q.shape[2] % max(tile.queries, tile.keys) == 0,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
+    def query_grid(self, q: Tensor, tile: Tile) -> tuple[int, int]:
+        """Programs over tiles of queries, which start on a tick."""
+        return triton.cdiv(self.q_start % self.tick + q.shape[2], tile.queries), self.count
+
+    def key_grid(self, k: Tensor, tile: Tile) -> tuple[int, int]:
+        """Programs over blocks of keys."""
+        return triton.cdiv(k.shape[2], tile.keys), self.count
+
+    def mask(self, instead: Tensor) -> Tensor:
+        """The documents, or any tensor where there are none."""
+        return instead if self.doc is None else self.doc
