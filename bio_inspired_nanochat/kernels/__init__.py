@@ -36,6 +36,7 @@ __all__ = [
     "ReleaseSampler",
     "cannot_fuse",
     "fused_attention",
+    "fused_obstacle",
     "num_ticks",
     "phi",
     "presyn",
@@ -204,27 +205,39 @@ def fused_attention(
     theta: Tensor,
     params: PresynParams,
     scale: float,
-    largest: float,
+    largest: float | None = None,
     *,
     barrier: Tensor | None = None,
     strength: Tensor | None = None,
+    window: int | None = None,
+    doc: Tensor | None = None,
+    noise: ReleaseNoise | None = None,
     kind: str = "phi",
 ) -> Tensor:
-    """Drive, presyn and biased attention of whole sequences in one Triton operator; no tensor of queries x keys is stored.
+    """Drive, presyn and biased attention of whole sequences in one operator that keeps nothing of its inner values.
 
     Args:
-        q: [B, H, T, D]; k, v: [B, Hkv, T, D]; theta, scale, kind: as in `tick_drive`. Terminals start at rest.
-        largest: bound on |q . k * scale|, which QK norm gives. barrier: [B, H, T] float64 running sum L of costs >= 0, which
-            adds -strength (L_t - L_j) to the logit of query t and key j; strength: [H] >= 0.
+        q: [B, H, T, D]; k, v: [B, Hkv, T, D]; theta, scale, kind, window, doc: as in `tick_drive`; noise: as in `presyn`.
+            Terminals start at rest.
+        largest: bound on |q . k * scale|, which QK norm gives; it saves the running maximum of the softmax. None: unknown.
+        barrier: [B, H, T] float64 running sum L of costs >= 0, which adds -strength (L_t - L_j) to the logit of query t and
+            key j; strength: [H] >= 0.
 
     Returns:
         y [B, H, T, D]. Differentiable in every tensor. UserError when the kernels cannot serve the call.
     """
-    obstacle = triton_obstacle(q, params.tick, theta)
-    if obstacle is None:
-        from bio_inspired_nanochat.kernels import fused
-
-        obstacle = fused.obstacle(params, largest)
-    if obstacle:
+    if obstacle := fused_obstacle(q, theta, params, noise):
         raise cannot_fuse(obstacle)
-    return fused.attention(q, k, v, theta, params, scale, largest, barrier=barrier, strength=strength, kind=kind)
+    from bio_inspired_nanochat.kernels import fused
+
+    where = {"window": window, "doc": doc, "noise": noise, "kind": kind}
+    return fused.attention(q, k, v, theta, params, scale, largest, barrier=barrier, strength=strength, **where)
+
+
+def fused_obstacle(q: Tensor, theta: Tensor, params: PresynParams, noise: ReleaseNoise | None = None) -> str | None:
+    """Why `fused_attention` cannot serve a call, or None."""
+    if obstacle := triton_obstacle(q, params.tick, theta):
+        return obstacle
+    from bio_inspired_nanochat.kernels import fused  # imported late: a machine without Triton never gets here
+
+    return fused.obstacle(params, noise, theta)

@@ -1,8 +1,8 @@
 """Elementwise PyTorch functions as Triton source: the definition of a terminal stays in one place, and the GPU runs it.
 
 `trace` turns a function of same-shaped tensors into a graph of primitive operations, `split` separates what depends on
-per-head coefficients alone, and `emit` writes a graph as lines of Triton, float32 throughout. The lines call `reciprocal` and
-`logarithm` of `kernels.tiles`, because exactly rounded ones cost many instructions more.
+per-head coefficients alone, and `emit` writes a graph as lines of Triton, float32 throughout. The lines call `reciprocal`, `logarithm`
+and `exponential` of `kernels.tiles`, because exactly rounded ones cost many instructions more.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def _pow(x: str, exponent: str) -> str:
 # Near zero exp(x) - 1 loses its digits, so it takes a series there. tanh keeps its absolute accuracy, which is all a bias needs.
 EXPM1 = (
     "tl.where(tl.abs({x}) < 0.1, {x} * (1.0 + {x} * (0.5 + {x} * (1.0 / 6 + {x} * (1.0 / 24 + {x} * (1.0 / 120 + {x} / 720))))), "
-    "tl.exp({x}) - 1.0)"
+    "exponential({x}) - 1.0)"
 )
-TANH = "(1.0 - 2.0 * reciprocal(1.0 + tl.exp(2.0 * {x})))"
+TANH = "(1.0 - 2.0 * reciprocal(1.0 + exponential(2.0 * {x})))"
 
 
 def _divide(a: str, b: str) -> str:
@@ -131,14 +131,14 @@ _RULES: dict[str, Callable[..., str]] = {
     "neg": lambda a: f"(-{a})",
     "abs": lambda a: f"tl.abs({a})",
     "sign": lambda a: f"tl.where({a} > 0, 1.0, tl.where({a} < 0, -1.0, 0.0))",
-    "exp": lambda a: f"tl.exp({a})",
+    "exp": lambda a: f"exponential({a})",
     "expm1": lambda a: EXPM1.format(x=a),
     "log": lambda a: f"logarithm({a})",
     "log1p": lambda a: f"logarithm(1.0 + {a})",
     "sqrt": lambda a: f"tl.sqrt({a})",
     "rsqrt": lambda a: f"(1.0 / tl.sqrt({a}))",
     "reciprocal": lambda a: f"reciprocal({a})",
-    "sigmoid": lambda a: f"reciprocal(1.0 + tl.exp(-{a}))",
+    "sigmoid": lambda a: f"reciprocal(1.0 + exponential(-{a}))",
     "tanh": lambda a: TANH.format(x=a),
     "pow": _pow,
     "minimum": lambda a, b: f"tl.minimum({a}, {b})",

@@ -1,38 +1,42 @@
-"""The fused execution of a whole synaptic attention layer as one differentiable operator (kernels in `presyn_fused`).
+"""The fused execution of a whole synaptic attention layer as one differentiable operator.
 
-Dimensions: B batch, H query heads, Hkv key heads, T tokens, N ticks, D head size.
+Forward: drive, terminals, attention, one kernel each. Backward: drive and terminals again, then dk, dv and the gradient of the
+bias, the terminals in reverse time, dk of the drive, and dq. What passes between two kernels belongs to a tick and a key; it
+lives in a workspace of bounded size for a few pairs of batch row and head at a time, and nothing of it is kept between forward
+and backward.
+
+Dimensions: B batch, H query heads, Hkv key heads, T tokens, N ticks, D head size; S state variables, C constants of the terminals.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from bio_inspired_nanochat.kernels.drive_triton import KINDS
-from bio_inspired_nanochat.kernels.presyn_fused import LARGEST_LOGIT, Spec, kernels_for
-from bio_inspired_nanochat.kernels.tiles import Tile, precision, tile_for
-from bio_inspired_nanochat.kernels.types import PresynParams
+from bio_inspired_nanochat.kernels import attention_triton, drive_triton
+from bio_inspired_nanochat.kernels.masks import num_ticks
+from bio_inspired_nanochat.kernels.noise import ReleaseNoise
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, WARPS, Kernels, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
+from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
+from bio_inspired_nanochat.kernels.tiles import Site, dense, planes_of
+from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
-LONGEST_TICK = 16  # of a tile of 64 queries a thread holds 16 consecutive times
-
-
-def obstacle(p: PresynParams, largest: float | None) -> str | None:
-    """Why the kernels cannot serve these terminals, or None. largest: bound on |logit|, see `attention`."""
-    if not p.core:
-        return "an optional part of the terminal is on"
-    if p.tick > LONGEST_TICK or p.tick & (p.tick - 1):
-        return f"a tick of {p.tick} tokens is not a power of two up to {LONGEST_TICK}"
-    if p.beta_max <= 0 or largest is None or p.beta_max + largest > LARGEST_LOGIT:
-        return f"without a running maximum |logit| and bias need a bound of at most {LARGEST_LOGIT:g} together"
-    return None
+# Largest |logit| + beta_max whose exponentials and their sums stay well inside float32 without a running maximum.
+LARGEST_LOGIT = 40.0
+# Values of one buffer of the workspace: more pairs at once keep a large GPU busy, fewer save memory.
+WORKSPACE = 1 << 26
 
 
-def _spec(p: PresynParams) -> tuple[Spec, Tensor]:
-    named = {name: value for name, value in zip(p._fields, p, strict=True) if isinstance(value, Tensor)}
-    return Spec(p.tick, p.beta_max, p.epsilon, tuple(named)), torch.stack(list(named.values()))
+def obstacle(p: PresynParams, noise: ReleaseNoise | None, theta: Tensor) -> str | None:
+    """Why the kernels cannot serve these terminals, or None."""
+    if p.lateral_strength is not None:
+        return "lateral inhibition looks across keys"
+    return presyn_obstacle(p, noise, theta)
 
 
 def attention(
@@ -42,120 +46,172 @@ def attention(
     theta: Tensor,
     p: PresynParams,
     scale: float,
-    largest: float,
+    largest: float | None,
     *,
     barrier: Tensor | None = None,
     strength: Tensor | None = None,
+    window: int | None = None,
+    doc: Tensor | None = None,
+    noise: ReleaseNoise | None = None,
     kind: str = "phi",
 ) -> Tensor:
-    """Attention of whole sequences whose terminals start at rest: drive, presyn and biased attention in one.
-
-    q [B, H, T, D]; k, v [B, Hkv, T, D]; theta [H]; barrier: [B, H, T] float64 running sum of the gate's costs, which must not
-    fall, with its strength [H] >= 0; largest: bound on |q . k * scale|. Returns y [B, H, T, D]. Differentiable.
-    """
-    spec, constants = _spec(p)
+    """See `kernels.fused_attention`."""
+    rest = states_of(PresynState.rest(1, q.shape[1], 1, device=q.device, params=p))
+    noisy = noise is not None and p.sampler is not None
+    signature = signature_of(p, list(rest), ["bias"], noisy, "layer")
     if not torch.compiler.is_compiling():
-        kernels_for(spec.text)  # here and not in the operator, below which autograd is excluded
-    limit = (largest + p.beta_max) / math.log(2)
-    return fused_op(q, k, v, theta, constants, barrier, strength, spec.text, scale, limit, kind)[0]
+        kernels_for(signature)  # here and not in the operator, below which autograd is excluded
+    bounded = largest is not None and 0 < p.beta_max <= LARGEST_LOGIT - largest
+    limit = (largest + p.beta_max) / math.log(2) if bounded else None
+    drawn = noise_tensors(noise, q) if noisy else (None, None, None)
+    constants, start = torch.stack(list(constants_of(p).values())), torch.stack(list(rest.values())).flatten(1)
+    return fused_op(q, k, v, theta, constants, start, barrier, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
 
 
-def _static(spec: Spec, q: Tensor, tile: Tile, kind: str) -> dict:
-    return {
-        "C": spec.tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys, "KIND": KINDS[kind], "PRECISION": precision(q),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
+class _Layer(NamedTuple):
+    """What the kernels of both directions share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    constants: Tensor
+    start: Tensor
+    barrier: Tensor | None
+    strength: Tensor | None
+    doc: Tensor | None
+    noise: tuple[Tensor, ...]
+    kernels: Kernels
+    scale: float
+    window: int | None
+    kind: int
+
+    @classmethod
+    def of(cls, q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
+        plain = (theta.contiguous(), constants.contiguous(), start.contiguous())
+        gate = (None, None) if barrier is None else (barrier.contiguous(), strength.contiguous())
+        noise = () if key is None else (key, first, layer)
+        return cls(
+            dense(q), dense(k), dense(v), *plain, *gate, doc, noise, kernels_for(signature), scale, window, drive_triton.KINDS[kind]
+        )  # fmt: skip
+
+    @property
+    def ticks(self) -> int:
+        return num_ticks(0, self.q.shape[2], self.kernels.spec.tick)
+
+    @property
+    def every(self) -> int:
+        """Ticks between two stored states: about the square root, so that what is stored and what is recomputed stay small."""
+        unroll = self.kernels.spec.unroll
+        return max(1, math.isqrt(self.ticks) // unroll) * unroll
+
+    def buffer(self, count: int, *front: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised [count, *front, N, T]."""
+        return torch.empty(count, *front, self.ticks, self.k.shape[2], dtype=dtype, device=self.q.device)
+
+    def sites(self) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
+        """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks."""
+        pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
+        most = min(pairs, max(1, WORKSPACE // (self.ticks * keys)))
+        spec = self.kernels.spec
+        drive, planes = self.buffer(most), self.buffer(most, planes_of(self.q.dtype), dtype=self.q.dtype)
+        check = drive.new_empty(-(-self.ticks // self.every), len(spec.states), most, keys)
+        for first in range(0, pairs, most):
+            site = Site(spec.tick, self.scale, 0, self.window, self.doc, first, min(most, pairs - first))
+            drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=False)
+            self._launch(self.kernels.forward, site, drive, self.constants, self.start, planes, check, *self._gate(), 1 / self.scale)
+            yield site, drive, planes, check
+
+    def _gate(self) -> tuple[Tensor, Tensor]:
+        return (self.theta, self.theta) if self.barrier is None else (self.barrier, self.strength)
+
+    def _launch(self, kernel: Any, site: Site, *arguments: Any) -> None:
+        pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
+        kernel[(site.count, -(-keys // BLOCK))](
+            *arguments, site.first, pairs, self.ticks, keys, self.q.shape[1], self.every, *self.noise,
+            BARRIER=self.barrier is not None, P=planes_of(self.q.dtype), BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+
+    def reverse(self, site: Site, drive: Tensor, planes: Tensor, check: Tensor, gbeta: Tensor, scratch: Tensor, sums: tuple) -> None:
+        """Replace `planes` by the gradient of the drive; add this site's gradients of barrier, strength and constants to `sums`."""
+        self._launch(self.kernels.backward, site, drive, self.constants, check, scratch, gbeta, planes, *self._gate(), *sums)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention", mutates_args=())
 def fused_op(
-    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, barrier: Tensor | None, strength: Tensor | None,
-    text: str, scale: float, limit: float, kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, log2-sum-exp2 [B, H, T] and the terminals' states at the start of every tile [tiles, 2, B, H, T]."""
-    spec, kernels = Spec.parse(text), kernels_for(text)
-    q, k, v, constants, theta = q.contiguous(), k.contiguous(), v.contiguous(), constants.contiguous(), theta.contiguous()
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, barrier: Tensor | None, strength: Tensor | None,
+    doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
+    signature: str, scale: float, limit: float | None, window: int | None, kind: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, laid out [B, T, H, D] in memory, and the statistic of every query's logits [B, H, T] (`kernels.attention_triton`)."""
+    it = _Layer.of(q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind)
+    y, stat = _outputs(q)
+    for site, _, planes, _ in it.sites():
+        attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, limit, site, y, stat)
+    return y, stat
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
-    tile = tile_for("fused", dim, q.element_size(), spec.tick)
-    y, lse = torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    check = q.new_empty(triton.cdiv(tokens, tile.queries), 2, batch, heads, tokens, dtype=torch.float32)
-    sizes = (scale, tokens, heads, heads // k.shape[1], batch * heads * tokens)
-    static = _static(spec, q, tile, kind)
-    kernels.states[(triton.cdiv(tokens, tile.keys), batch * heads)](q, k, theta, constants, check, *sizes, **static)
-    gate = (q, q) if barrier is None else (barrier.contiguous(), strength.contiguous())
-    kernels.attend[(triton.cdiv(tokens, tile.queries), batch * heads)](
-        q, k, v, theta, constants, check, *gate, y, lse, limit, *sizes, BARRIER=barrier is not None, **static
-    )
-    return y, lse, check
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2), q.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 @fused_op.register_fake
-def _(q, k, v, theta, constants, barrier, strength, text, scale, limit, kind):
-    batch, heads, tokens, dim = q.shape
-    rows = triton.cdiv(tokens, tile_for("fused", dim, q.element_size(), Spec.parse(text).tick).queries)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse, lse.new_empty(rows, 2, batch, heads, tokens)
+def _(q, *rest):
+    return _outputs(q)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention_adjoint", mutates_args=())
 def fused_adjoint(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, barrier: Tensor | None, strength: Tensor | None,
-    y: Tensor, lse: Tensor, check: Tensor, text: str, scale: float, kind: str,
+    grad: Tensor, y: Tensor, stat: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, barrier: Tensor | None, strength: Tensor | None,
+    doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
+    signature: str, scale: float, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, theta, constants, barrier and strength (the last two empty without a barrier)."""
-    spec, kernels = Spec.parse(text), kernels_for(text)
-    q, k, v, constants, theta, grad = (x.contiguous() for x in (q, k, v, constants, theta, grad))
-    batch, heads, tokens, dim = q.shape
-    group, has_barrier = heads // k.shape[1], barrier is not None
-    tile = tile_for("fused_backward", dim, q.element_size(), spec.tick)
-    # the forward's states are stored per tile of queries, so both directions share that size
-    assert tile.queries == tile_for("fused", dim, q.element_size(), spec.tick).queries
-    grid = (triton.cdiv(tokens, tile.keys), batch * heads)
-    ticks = triton.cdiv(tokens, spec.tick)
-    delta = (grad.float() * y.float()).sum(-1)
-    float32 = {"dtype": torch.float32, "device": q.device}
-    beta, gu = torch.empty(2, batch, heads, ticks, tokens, **float32)
-    wide = q.dtype if group == 1 else torch.float32
-    gk, gv = (torch.empty(batch, heads, tokens, dim, device=q.device, dtype=wide) for _ in range(2))
-    gtheta, gstrength = torch.empty(2, batch, heads, grid[0], **float32)
-    gbarrier = torch.empty(batch, heads, tokens if has_barrier else 0, **float32)
-    partial = torch.empty(kernels.derived, batch * heads, grid[0], **float32)
-    gq, gconstants = torch.empty_like(q), torch.empty_like(constants)
-    gate = (barrier.contiguous(), strength.contiguous()) if has_barrier else (q, q)
-    sizes = (ticks, scale, tokens, heads, group, batch * heads * tokens)
-    static = {**_static(spec, q, tile, kind), "BARRIER": has_barrier}
-    kernels.keys[grid](
-        q, k, v, theta, constants, check, *gate, grad, lse, delta, gk, gv, beta, gu, gtheta, gbarrier, gstrength, partial, *sizes, **static
-    )
-    kernels.queries[(triton.cdiv(tokens, tile.queries), batch * heads)](
-        q, k, v, theta, *gate, grad, lse, delta, beta, gu, gq, *sizes, **static
-    )
-    kernels.finish[(heads,)](constants, partial, gconstants, batch, heads, grid[0], BLOCK=128)
-    if group > 1:
-        gk, gv = (g.view(batch, k.shape[1], group, tokens, dim).sum(2).to(k.dtype) for g in (gk, gv))
-    of_strength = gstrength.sum((0, 2)) if has_barrier else gstrength.new_empty(0)
-    return gq, gk, gv, gtheta.sum((0, 2)), gconstants, gbarrier.to(torch.float64), of_strength
+    it = _Layer.of(q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind)
+    q, k, v, grad = it.q, it.k, it.v, dense(grad)
+    batch, heads, tokens, _ = q.shape
+    delta = attention_triton.row_products(grad, y)
+    gq, gk, gv = torch.empty_like(q), attention_triton.key_gradients(q, k), attention_triton.key_gradients(q, v)
+    gtheta, blocks = torch.zeros_like(it.theta), -(-tokens // BLOCK)
+    gbarrier = delta.new_empty(batch, heads, tokens if barrier is not None else 0)
+    gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
+    gbeta = scratch = None
+    for site, drive, planes, check in it.sites():
+        gbeta = torch.empty_like(drive) if gbeta is None else gbeta
+        scratch = drive.new_empty(it.every, *check.shape[1:]) if scratch is None else scratch
+        attention_triton.backward_keys(grad, q, k, v, planes, stat, delta, site, gk, gv, gbeta, fill=False)
+        gplanes = torch.empty_like(planes)
+        it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
+        gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)
+        attention_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind)
+    gconstants = torch.empty_like(it.constants)
+    it.kernels.finish[(heads,)](it.constants, partial, gconstants, batch, heads, blocks, BLOCK=BLOCK, num_warps=WARPS)
+    gk, gv = attention_triton.sum_groups(gk, k), attention_triton.sum_groups(gv, v)
+    of_strength = gstrength.sum((0, 2)) if barrier is not None else gstrength.new_empty(0)
+    return gq, gk, gv, gtheta, gconstants, gbarrier.to(torch.float64), of_strength
 
 
 @fused_adjoint.register_fake
-def _(grad, q, k, v, theta, constants, barrier, strength, y, lse, check, text, scale, kind):
-    same = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, theta, constants)]
+def _(grad, y, stat, q, k, v, theta, constants, start, barrier, *rest):
+    q, k, v = dense(q), dense(k), dense(v)
+    gk, gv = (attention_triton.sum_groups(attention_triton.key_gradients(q, x), x) for x in (k, v))
     gbarrier = q.new_empty(*q.shape[:2], 0 if barrier is None else q.shape[2], dtype=torch.float64)
-    return *same, gbarrier, theta.new_empty(0 if barrier is None else len(theta))
+    plain = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (theta, constants))
+    return torch.empty_like(q), gk, gv, *plain, gbarrier, theta.new_empty(0 if barrier is None else len(theta))
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.text, ctx.scale, _, ctx.kind = inputs
+    *tensors, ctx.signature, ctx.scale, _, ctx.window, ctx.kind = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, grad, *_):
-    q, k, v, theta, constants, barrier, strength, y, lse, check = ctx.saved_tensors
-    *grads, gbarrier, gstrength = fused_adjoint(
-        grad, q, k, v, theta, constants, barrier, strength, y, lse, check, ctx.text, ctx.scale, ctx.kind
-    )
-    gate = (None, None) if barrier is None else (gbarrier, gstrength)
-    return *grads, *gate, None, None, None, None
+def _backward(ctx, grad, _):
+    *tensors, y, stat = ctx.saved_tensors
+    *grads, gbarrier, gstrength = fused_adjoint(grad, y, stat, *tensors, ctx.signature, ctx.scale, ctx.window, ctx.kind)
+    gate = (None, None) if tensors[6] is None else (gbarrier, gstrength)
+    return *grads, None, *gate, *[None] * 9
 
 
 fused_op.register_autograd(_backward, setup_context=_setup)

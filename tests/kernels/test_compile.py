@@ -90,7 +90,7 @@ def test_generated_kernels_of_the_terminals_fit(preset):
     state = PresynState.rest(1, 2, 4, params=params)
     plain = [name for name in state.parts() if name not in ("open_drive", "ring")]
     names = [*plain, *(f"ring{slot}" for slot in range(params.endo_slots))]
-    signature = presyn_triton.signature_of(params, names, ["bias"], params.sampler is not None, True)
+    signature = presyn_codegen.signature_of(params, names, ["bias"], params.sampler is not None, "young")
     made = presyn_triton.kernels_for(signature)
     for kernel in (made.forward, made.backward, made.finish):
         binary = compiled(kernel, 89, {"BLOCK": presyn_triton.BLOCK}, presyn_triton.WARPS, 3)

@@ -1,0 +1,410 @@
+"""Generate the kernels that walk the ticks of a block of keys with their whole state in registers, from `kernels.terminal`.
+
+There is one pair for every set of optional parts: the forward stores its states every few ticks, the backward recomputes the
+ticks between two of them and walks them in reverse. The pair exists for two sites: `operator` reads any start state and writes
+any output per tick, as `kernels.presyn` needs; `layer` starts at rest, adds the barrier to the bias and reads and writes what the
+fused layer passes between its kernels.
+
+Dimensions: B batch, H query heads, N ticks, Tk keys; S state variables, P per-head constants, O outputs per tick.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from bio_inspired_nanochat.kernels import codegen
+from bio_inspired_nanochat.kernels.noise import ReleaseSampler, normal_probability
+from bio_inspired_nanochat.kernels.terminal import activity, release_logit, terminal_bias, terminal_step
+from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
+
+WARPS = 4
+BLOCK = 32 * WARPS  # one key per thread: a value that a thread stores is loaded by the same thread
+SITES = ("any", "young", "layer")
+UNROLL = 4  # ticks of the core whose loads are in flight together
+
+
+class Spec(NamedTuple):
+    """Everything that shapes a kernel: the static fields of the parameters, which parts exist, the outputs, the sampler."""
+
+    tick: int
+    beta_max: float
+    epsilon: float
+    endo_slots: int
+    constants: tuple[str, ...]
+    states: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sampler: ReleaseSampler | None
+    site: str  # any; young: key j rests without drive until tick j // c, so a block of keys starts at its first key's tick; layer
+
+    @classmethod
+    def parse(cls, signature: str) -> Spec:
+        """The inverse of `signature_of`."""
+        static, constants, states, outputs, sampler = signature.split("|")
+        tick, beta_max, epsilon, slots, site = static.split(",")
+        drawn = sampler.split(",") if sampler else None
+        return cls(
+            int(tick),
+            float(beta_max),
+            float(epsilon),
+            int(slots),
+            tuple(constants.split(",")),
+            tuple(states.split(",")),
+            tuple(outputs.split(",")),
+            ReleaseSampler(float(drawn[0]), drawn[1], float(drawn[2]), int(drawn[3])) if drawn else None,
+            site,
+        )
+
+    @property
+    def unroll(self) -> int:
+        """Ticks per turn of the loop in a layer; every turn is a copy of the code, so large sets of parts take one."""
+        return UNROLL if len(self.states) == 2 and not self.sampler else 1
+
+
+def signature_of(p: PresynParams, states: list[str], outputs: list[str], noisy: bool, site: str) -> str:
+    """A Spec as text, which is what an operator can take."""
+    static = f"{p.tick},{p.beta_max},{p.epsilon},{p.endo_slots},{site}"
+    sampler = ""
+    if noisy:
+        sampler = f"{p.sampler.fraction},{p.sampler.mode},{p.sampler.temperature},{p.sampler.count}"
+    return f"{static}|{','.join(constants_of(p))}|{','.join(states)}|{','.join(outputs)}|{sampler}"
+
+
+def constants_of(p: PresynParams) -> dict[str, Tensor]:
+    """The per-head parameters that a tick of one key depends on, by name, [H] each."""
+    return {name: value for name, value in zip(p._fields, p, strict=True) if isinstance(value, Tensor) and name != "lateral_strength"}
+
+
+def states_of(state: PresynState) -> dict[str, Tensor]:
+    """The variables of a state that a kernel keeps, by name; the slots of the endocytosis ring one by one."""
+    plain = {name: value for name, value in state.parts().items() if name not in ("open_drive", "ring")}
+    slots = () if state.ring is None else state.ring.unbind(-1)
+    return {**plain, **{f"ring{i}": slot for i, slot in enumerate(slots)}}
+
+
+def _tick_function(spec: Spec) -> Callable[..., list[Tensor]]:
+    """One tick as a function of same-shaped tensors: states, ring slots, drive, [eps, chosen], constants."""
+    plain = [name for name in spec.states if not name.startswith("ring")]
+
+    def tick(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        values = {name: next(given) for name in plain}
+        slots = [next(given) for _ in range(spec.endo_slots)]
+        drive = next(given)
+        eps, chosen = (next(given), next(given)) if spec.sampler else (None, None)
+        fields = dict.fromkeys(PresynParams._fields) | {name: next(given) for name in spec.constants}
+        fields |= {
+            "tick": spec.tick,
+            "beta_max": spec.beta_max,
+            "epsilon": spec.epsilon,
+            "endo_slots": spec.endo_slots,
+            "lateral_window": 0,
+        }
+        p = PresynParams(**fields)
+        state = PresynState(**values, open_drive=drive, ring=torch.stack(slots, dim=-1) if slots else None)
+        probability = None
+        if spec.sampler:
+            logit = release_logit(state, p)
+            probability = torch.where(chosen > 0.5, normal_probability(logit, eps, spec.sampler.count), torch.sigmoid(logit))
+        ahead, freed = terminal_step(state, drive, p, probability)
+        made = {"bias": lambda: terminal_bias(state, p), "activity": lambda: activity(state, p), "released": lambda: freed}
+        outputs = [made[name]() if name in made else getattr(state, name) for name in spec.outputs]
+        return [*outputs, *(getattr(ahead, name) for name in plain), *(ahead.ring.unbind(-1) if slots else ())]
+
+    return tick
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was compiled for one Spec: the two passes over the ticks, and `finish`, which turns their gradients of the P derived
+    per-head constants into those of the parameters.
+    """
+
+    spec: Spec
+    derived: int
+    forward: Any
+    backward: Any
+    finish: Any
+
+
+class Tick(NamedTuple):
+    """The code of one tick: lines for the constants of a head, for a step with its results, and for its adjoint."""
+
+    spec: Spec
+    head: list[str]
+    derived: int
+    step: list[str]
+    out: list[str]
+    ahead: list[str]
+    back: list[str]
+    gradients: list[str]
+
+    @property
+    def advance(self) -> list[str]:
+        """Lines that make the states after the tick the current ones; no state may be overwritten before all are known."""
+        return [f"a{i} = {value}" for i, value in enumerate(self.ahead)] + [f"s{i} = a{i}" for i in range(len(self.ahead))]
+
+    @property
+    def retreat(self) -> list[str]:
+        """Lines that add up the gradients of the constants and step the adjoint states back over the tick."""
+        states = len(self.ahead)
+        return [
+            *(f"p{i} += {value}" for i, value in enumerate(self.gradients[states + 1 :])),
+            *(f"b{i} = {value}" for i, value in enumerate(self.gradients[:states])),
+            *(f"g{i} = b{i}" for i in range(states)),
+        ]
+
+    def noise(self, n: str) -> list[str]:
+        """Lines that draw `eps` and `chosen` for tick n (`kernels.noise`)."""
+        if not self.spec.sampler:
+            return []
+        return NOISE.format(n=n, grid=repr(2.0**-23), fraction=repr(self.spec.sampler.fraction), turn=repr(2 * math.pi)).splitlines()
+
+
+@functools.cache
+def kernels_for(signature: str) -> Kernels:
+    """Trace, split and compile the kernels of a signature; some seconds the first time."""
+    spec = Spec.parse(signature)
+    states, draws = len(spec.states), 2 if spec.sampler else 0
+    with torch.no_grad():
+        graph = codegen.trace(_tick_function(spec), states + 1 + draws + len(spec.constants))
+        prelude, body = codegen.split(graph, len(spec.constants))
+        inputs = sum(node.op == "placeholder" for node in body.graph.nodes)
+        # the draws come first, so that everything after them is differentiated
+        ordered = _draws_first(body, states + 1, draws)
+        reverse = codegen.derivative(ordered, draws, inputs, len(spec.outputs) + states)
+        derived = inputs - states - 1 - draws
+        adjoint = codegen.derivative(prelude, 0, len(spec.constants), derived)
+    tick = _tick_code(spec, prelude, body, reverse, derived)
+    lines = _layer_lines(tick) if spec.site == "layer" else _operator_lines(tick)
+    raw, names = [f"r{i}" for i in range(len(spec.constants))], [f"h{i}" for i in range(derived)]
+    finish = codegen.finish_text(len(raw), names, *codegen.emit(adjoint, [*raw, *(f"d{name}" for name in names)], "v"))
+    source = "\n".join([IMPORTS, *lines, *finish, ""])
+    name = f"<presyn kernel {spec}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    namespace: dict[str, Any] = {"__name__": name}
+    exec(compile(source, name, "exec"), namespace)  # noqa: S102 (the text was made above, from the definition alone)
+    return Kernels(spec, derived, namespace["forward"], namespace["backward"], namespace["finish"])
+
+
+def _draws_first(body: fx.GraphModule, at: int, draws: int) -> Callable[..., Any]:
+    def moved(*tensors: Tensor) -> Any:
+        noise, rest = tensors[:draws], tensors[draws:]
+        return body(*rest[:at], *noise, *rest[at:])
+
+    return moved
+
+
+IMPORTS = """\
+import triton
+import triton.language as tl
+from bio_inspired_nanochat.kernels.tiles import exponential, logarithm, reciprocal"""
+NOISE = """\
+same = tl.zeros([BLOCK], tl.int32)
+word0, word1, word2, word3 = tl.philox((k1 << 32) | k0, offset, same + (tick0 + {n}).to(tl.int32), same + (head | (layer << 16)).to(tl.int32), same)
+chosen = tl.where(((word0 >> 9).to(tl.float32) + 0.5) * {grid} < {fraction}, 1.0, 0.0)
+eps = tl.sqrt(-2.0 * tl.log(((word1 >> 9).to(tl.float32) + 0.5) * {grid})) * tl.cos({turn} * ((word2 >> 9).to(tl.float32) + 0.5) * {grid})"""
+
+
+def _tick_code(spec: Spec, prelude: fx.GraphModule, body: fx.GraphModule, reverse: fx.GraphModule, derived: int) -> Tick:
+    states, outputs, draws = len(spec.states), len(spec.outputs), ["eps", "chosen"] if spec.sampler else []
+    s, h = [f"s{i}" for i in range(states)], [f"h{i}" for i in range(derived)]
+    once, constants = codegen.emit(prelude, [f"r{i}" for i in range(len(spec.constants))], "w")
+    step, made = codegen.emit(body, [*s, "drive", *draws, *h], "v")
+    cotangents = [f"c{i}" for i in range(outputs)] + [f"g{i}" for i in range(states)]
+    back, gradients = codegen.emit(reverse, [*draws, *s, "drive", *h, *cotangents], "u")
+    head = [
+        "offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)",
+        "live = offset < keys",
+        "head = row % heads",
+        *(f"r{i} = tl.load(constant_ptr + {i} * heads + head)" for i in range(len(spec.constants))),
+        *once,
+        *(f"h{i} = {value}" for i, value in enumerate(constants)),
+    ]
+    if spec.sampler:
+        head += ["k0 = tl.load(key_ptr + 2 * (row // heads))", "k1 = tl.load(key_ptr + 2 * (row // heads) + 1)"]
+        head += ["tick0 = tl.load(first_ptr + row // heads)", "layer = tl.load(layer_ptr)"]
+    return Tick(spec, head, derived, step, made[:outputs], made[outputs:], back, gradients)
+
+
+def _indent(lines: list[str], depth: int) -> list[str]:
+    return ["    " * depth + line for line in lines]
+
+
+def _random(spec: Spec) -> str:
+    return ", key_ptr, first_ptr, layer_ptr" if spec.sampler else ""
+
+
+def _operator_lines(tick: Tick) -> list[str]:
+    """Both passes of `presyn_triton.presyn_op`."""
+    spec, states, outputs = tick.spec, len(tick.spec.states), len(tick.spec.outputs)
+    head = ["row = tl.program_id(0).to(tl.int64)", *tick.head, "at = row * keys + offset", "along = row * ticks * keys + offset"]
+    load_drive = "drive = tl.load(drive_ptr + along + n * keys, mask=live, other=0.0)"
+    scratch = "tl.{verb}(scratch_ptr + ((n - part * every) * {count} + {i}) * size + at"
+    born = ["parts = tl.cdiv(ticks, every)", "born = 0"]
+    if spec.site == "young":
+        born[1] = f"born = tl.minimum(tl.program_id(1) * BLOCK // {spec.tick} // every, parts)"
+    forward = [
+        *head,
+        *(f"s{i} = tl.load(start_ptr + {i} * size + at, mask=live, other=0.0)" for i in range(states)),
+        *born,
+        "for n in range(tl.minimum(born * every, ticks)):",
+        *(f"    tl.store(out_ptr + {i} * size * ticks + along + n * keys, 0.0, mask=live)" for i in range(outputs)),
+        "for part in range(born, parts):",
+        *(f"    tl.store(check_ptr + (part * {states} + {i}) * size + at, s{i}, mask=live)" for i in range(states)),
+        "    for n in range(part * every, tl.minimum((part + 1) * every, ticks)):",
+        *_indent([load_drive, *tick.noise("n"), *tick.step], 2),
+        *(f"        tl.store(out_ptr + {i} * size * ticks + along + n * keys, {value}, mask=live)" for i, value in enumerate(tick.out)),
+        *_indent(tick.advance, 2),
+        *(f"tl.store(final_ptr + {i} * size + at, s{i}, mask=live)" for i in range(states)),
+    ]
+    backward = [
+        *head,
+        *(f"g{i} = tl.load(gfinal_ptr + {i} * size + at, mask=live, other=0.0)" for i in range(states)),
+        *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(tick.derived)),
+        *born,
+        "for n in range(tl.minimum(born * every, ticks)):",
+        "    tl.store(gdrive_ptr + along + n * keys, 0.0, mask=live)",
+        "for back in range(parts - born):",
+        "    part = parts - 1 - back",
+        *(f"    s{i} = tl.load(check_ptr + (part * {states} + {i}) * size + at, mask=live, other=0.0)" for i in range(states)),
+        "    stop = tl.minimum((part + 1) * every, ticks)",
+        "    for n in range(part * every, stop):",
+        *(f"        {scratch.format(verb='store', count=states, i=i)}, s{i}, mask=live)" for i in range(states)),
+        *_indent([load_drive, *tick.noise("n"), *tick.step, *tick.advance], 2),
+        "    tl.debug_barrier()",
+        "    for m in range(stop - part * every):",
+        "        n = stop - 1 - m",
+        *(f"        s{i} = {scratch.format(verb='load', count=states, i=i)}, mask=live, other=0.0)" for i in range(states)),
+        *(f"        c{i} = tl.load(gout_ptr + {i} * size * ticks + along + n * keys, mask=live, other=0.0)" for i in range(outputs)),
+        *_indent([load_drive, *tick.noise("n"), *tick.back], 2),
+        f"        tl.store(gdrive_ptr + along + n * keys, {tick.gradients[states]}, mask=live)",
+        *_indent(tick.retreat, 2),
+        "    tl.debug_barrier()",
+        *(f"tl.store(gstart_ptr + {i} * size + at, g{i}, mask=live)" for i in range(states)),
+        *_partial(tick, "tl.num_programs(0)"),
+    ]
+    common = f"ticks, keys, heads, size, every{_random(spec)}, BLOCK: tl.constexpr"
+    return [
+        *codegen.kernel_text("forward", f"drive_ptr, constant_ptr, start_ptr, out_ptr, final_ptr, check_ptr, {common}", forward),
+        *codegen.kernel_text(
+            "backward",
+            f"drive_ptr, constant_ptr, check_ptr, scratch_ptr, gout_ptr, gfinal_ptr, gdrive_ptr, gstart_ptr, gh_ptr, {common}",
+            backward,
+        ),
+    ]
+
+
+def _partial(tick: Tick, pairs: str) -> list[str]:
+    """Store this program's share of the gradients of the derived constants, [P, B * H, blocks]."""
+    return [
+        f"tl.store(gh_ptr + ({i} * {pairs} + row) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(live, p{i}, 0.0), 0))"
+        for i in range(tick.derived)
+    ]
+
+
+BARRIER = """\
+if BARRIER:
+    strength = tl.load(strength_ptr + head)
+    mine = tl.load(barrier_ptr + row * keys + offset, mask=live, other=0.0)"""
+NEARNESS = "(mine - tl.load(barrier_ptr + row * keys + tl.minimum(({n}) * {tick}, keys - 1))).to(tl.float32)"
+PLANES = """\
+high = ({value}).to(plane_ptr.dtype.element_ty)
+tl.store(plane_ptr + plane_at + ({n}) * keys, high, mask=live & (still + ({n}) < ticks))
+if P == 2:
+    tl.store(plane_ptr + plane_at + (ticks + ({n})) * keys, ({value}) - high.to(tl.float32), mask=live & (still + ({n}) < ticks))"""
+
+
+def _layer_lines(tick: Tick) -> list[str]:
+    """Both passes as the fused layer needs them: from rest, several ticks per turn, bias and gradient as planes.
+
+    A drive or a gradient before a key's own tick does not exist and counts as zero; ticks beyond the last one have neither.
+    """
+    spec, states, unroll = tick.spec, len(tick.spec.states), tick.spec.unroll
+    head = [
+        "local = tl.program_id(0).to(tl.int64)", "row = first + local", *tick.head, *BARRIER.splitlines(),
+        "size = tl.num_programs(0) * keys", "at = local * keys + offset",
+        "still = tl.zeros([BLOCK], tl.int32)", "along = local * ticks * keys + offset", "plane_at = local * P * ticks * keys + offset",
+        "parts = tl.cdiv(ticks, every)", f"born = tl.program_id(1) * BLOCK // {spec.tick} // every",
+    ]  # fmt: skip
+
+    def load(name: str, source: str, n: str) -> str:
+        return f"{name} = tl.load({source}_ptr + along + ({n}) * keys, mask=live & (still + ({n}) < ticks) & (offset < ({n} + 1) * {spec.tick}), other=0.0)"
+
+    def turn(lines: Callable[[str, int], list[str]], ahead: bool) -> list[str]:
+        order = range(unroll) if ahead else reversed(range(unroll))
+        return [line for u in order for line in lines(f"(n + {u})", u)]
+
+    def replay(n: str, u: int) -> list[str]:
+        return [f"drive = i{u} * {1 / spec.tick!r}", *tick.noise(n), *tick.step]
+
+    def forward_tick(n: str, u: int) -> list[str]:
+        gate = ["if BARRIER:", f"    total += strength * {NEARNESS.format(n=n, tick=spec.tick)}"]
+        planes = PLANES.format(value="total * inverse", n=n).splitlines()
+        return [*replay(n, u), f"total = {tick.out[0]}", *gate, *planes, *tick.advance]
+
+    def keep(verb: str, u: int, i: int) -> str:
+        return f"tl.{verb}(scratch_ptr + ((n + {u} - part * every) * {states} + {i}) * size + at"
+
+    def replay_tick(n: str, u: int) -> list[str]:
+        return [*(f"{keep('store', u, i)}, s{i}, mask=live)" for i in range(states)), *replay(n, u), *tick.advance]
+
+    def backward_tick(n: str, u: int) -> list[str]:
+        gate = ["if BARRIER:", "    gmine += c0", f"    gstrength += c0 * {NEARNESS.format(n=n, tick=spec.tick)}"]
+        planes = PLANES.format(value=f"{tick.gradients[states]} * {1 / spec.tick!r}", n=n).splitlines()
+        return [
+            f"c0 = c0_{u}", *(f"s{i} = s{i}_{u}" for i in range(states)), f"drive = i{u} * {1 / spec.tick!r}", *gate,
+            *tick.noise(n), *tick.back, *planes, *tick.retreat,
+        ]  # fmt: skip
+
+    drives = [load(f"i{u}", "drive", f"n + {u}") for u in range(unroll)]
+    forward = [
+        *head,
+        *(f"s{i} = tl.load(start_ptr + {i} * heads + head) + tl.zeros([BLOCK], tl.float32)" for i in range(states)),
+        "for part in range(born, parts):",
+        *(f"    tl.store(check_ptr + (part * {states} + {i}) * size + at, s{i}, mask=live)" for i in range(states)),
+        f"    for n in range(part * every, tl.minimum((part + 1) * every, ticks), {unroll}):",
+        *_indent([*drives, *turn(forward_tick, True)], 2),
+    ]
+    backward = [
+        *head,
+        *(f"{name} = tl.zeros([BLOCK], tl.float32)" for name in ("gmine", "gstrength")),
+        *(f"g{i} = tl.zeros([BLOCK], tl.float32)" for i in range(states)),
+        *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(tick.derived)),
+        "for back in range(parts - born):",
+        "    part = parts - 1 - back",
+        *(f"    s{i} = tl.load(check_ptr + (part * {states} + {i}) * size + at, mask=live, other=0.0)" for i in range(states)),
+        f"    turns = tl.cdiv(tl.minimum((part + 1) * every, ticks) - part * every, {unroll})",
+        f"    for n in range(part * every, part * every + turns * {unroll}, {unroll}):",
+        *_indent([*drives, *turn(replay_tick, True)], 2),
+        "    tl.debug_barrier()",
+        "    for m in range(turns):",
+        f"        n = part * every + (turns - 1 - m) * {unroll}",
+        *_indent([*drives, *(load(f"c0_{u}", "gbeta", f"n + {u}") for u in range(unroll))], 2),
+        *(f"        s{i}_{u} = {keep('load', u, i)}, mask=live, other=0.0)" for u in range(unroll) for i in range(states)),
+        *_indent(turn(backward_tick, False), 2),
+        "    tl.debug_barrier()",
+        "if BARRIER:",
+        "    tl.store(gbarrier_ptr + row * keys + offset, gmine * strength, mask=live)",
+        "    tl.store(gstrength_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(live, gstrength, 0.0), 0))",
+        *_partial(tick, "pairs"),
+    ]
+    common = f"first, pairs, ticks, keys, heads, every{_random(spec)}, BARRIER: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr"
+    return [
+        *codegen.kernel_text(
+            "forward", f"drive_ptr, constant_ptr, start_ptr, plane_ptr, check_ptr, barrier_ptr, strength_ptr, inverse, {common}", forward
+        ),
+        *codegen.kernel_text(
+            "backward",
+            "drive_ptr, constant_ptr, check_ptr, scratch_ptr, gbeta_ptr, plane_ptr, barrier_ptr, strength_ptr, gbarrier_ptr, gstrength_ptr, "
+            f"gh_ptr, {common}",
+            backward,
+        ),
+    ]
