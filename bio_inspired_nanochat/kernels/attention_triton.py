@@ -12,6 +12,8 @@ R rows of planes. Programs cover the pairs of batch row and head from `first` on
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from bio_inspired_nanochat.kernels.tiles import (
     key_span,
     load_planes,
     one_hot,
+    planes_of,
     power2,
     rows,
     saturate,
@@ -45,7 +48,11 @@ def _softmax_tiles(
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     DOC: tl.constexpr, EXACT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Continue a softmax over the keys [low, high); `cut` [M] is subtracted from the logits of a query."""
+    """Continue a softmax over the keys [low, high); `cut` [M] is subtracted from the logits of a query.
+
+    The sum is one more product, of the weights as they are rounded for the other one, in 16 equal columns.
+    """
+    ones = tl.full([K, 16], 1.0, q.dtype)
     for begin in range(low, high, K):
         key = begin + tl.arange(0, K)
         k_at = rows(k_ptr, batch, source, k_b, k_h, k_t, key, D)
@@ -63,23 +70,23 @@ def _softmax_tiles(
             )
         if BOUNDED:
             weight = power2(x - cut[:, None])
-            total += tl.sum(weight, 1)
         else:
             peak = tl.maximum(top, tl.max(x, 1))
             safe = tl.where(peak == float("-inf"), 0.0, peak)
             weight = power2(x - safe[:, None])
-            shrink = power2(top - safe)
-            total = total * shrink + tl.sum(weight, 1)
-            y = y * shrink[:, None]
+            shrink = power2(top - safe)[:, None]
+            total, y = total * shrink, y * shrink
             top = peak
-        y = tl.dot(weight.to(v.dtype), v, y, input_precision=PRECISION)
+        weight = weight.to(v.dtype)
+        total = tl.dot(weight, ones, total, input_precision=PRECISION)
+        y = tl.dot(weight, v, y, input_precision=PRECISION)
     return top, total, y
 
 
 @triton.jit
 def _forward(
     q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, doc_ptr, barrier_ptr, strength_ptr,
-    y_ptr, y_b, y_h, y_t, stat_ptr, limit, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    y_ptr, y_b, y_h, y_t, stat_ptr, limit, pairs, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     DOC: tl.constexpr, EXACT: tl.constexpr, BOUNDED: tl.constexpr, BARRIER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +102,12 @@ def _forward(
     hot = one_hot(M, C, R).to(q.dtype)
     cut = tl.zeros([M], tl.float32) + limit
     if BARRIER:  # relative to the first query of each tick, as the planes are
-        own = barrier_ptr + row * queries
+        own, rest = barrier_ptr + row * queries, barrier_ptr + (pairs + row) * queries
         gap = tl.load(own + query, mask=real, other=0.0) - tl.load(own + query // C * C, mask=real, other=0.0)
-        cut += gap.to(tl.float32) * (tl.load(strength_ptr + head) * LOG2E)
+        gap += tl.load(rest + query, mask=real, other=0.0) - tl.load(rest + query // C * C, mask=real, other=0.0)
+        cut += gap * (tl.load(strength_ptr + head) * LOG2E)
     top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, 16], tl.float32)
     y = tl.zeros([M, D], tl.float32)
     low = 0
     if WINDOW:
@@ -119,6 +127,7 @@ def _forward(
         batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
         C, D, M, K, P, R, WINDOW, DOC, EXACT, BOUNDED, PRECISION, True,
     )  # fmt: skip
+    total = tl.max(total, 1)
     total = tl.where(total > 0, total, 1.0)
     tl.store(rows(y_ptr, batch, head, y_b, y_h, y_t, query, D), (y / total[:, None]).to(q.dtype), mask=real[:, None])
     tl.store(stat_ptr + row * queries + query, (cut if BOUNDED else top) + tl.log2(total), mask=real)
@@ -127,12 +136,15 @@ def _forward(
 @triton.jit
 def _key_tiles(
     gk, gv, low, high, k, v, key, spread, collect, factor,
-    q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t, stat_ptr, delta_ptr, plane_ptr, gbeta_ptr, doc_ptr,
+    q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t, side_ptr, plane_ptr, gbeta_ptr, doc_ptr,
     batch, head, base, q_start, queries, keys, docs, window, ticks,
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    STATS: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of queries that start in [low, high), counted from `base`, to dk and dv; store their dbeta."""
+    line = tl.arange(0, 16)
+    pick_stat = tl.broadcast_to(tl.where(line < STATS, 1.0, 0.0)[None, :], [K, 16]).to(k.dtype)
+    pick_delta = tl.broadcast_to(tl.where((line >= STATS) & (line < STATS + P), 1.0, 0.0)[None, :], [K, 16]).to(k.dtype)
     for start in range(low, high, M):
         place = base + start + tl.arange(0, M)
         query = place - q_start
@@ -140,15 +152,16 @@ def _key_tiles(
         gy_at = rows(gy_ptr, batch, head, gy_b, gy_h, gy_t, query, D)
         if EXACT:
             q, gy = tl.load(q_at), tl.load(gy_at)
-            stat, delta = tl.load(stat_ptr + query), tl.load(delta_ptr + query)
+            side = tl.load(side_ptr + line[:, None] * queries + query[None, :], mask=(line < STATS + P)[:, None], other=0.0)
         else:
             real = (query >= 0) & (query < queries)
             q, gy = tl.load(q_at, mask=real[:, None], other=0.0), tl.load(gy_at, mask=real[:, None], other=0.0)
-            stat, delta = tl.load(stat_ptr + query, mask=real, other=0.0), tl.load(delta_ptr + query, mask=real, other=0.0)
+            inside = (line < STATS + P)[:, None] & real[None, :]
+            side = tl.load(side_ptr + line[:, None] * queries + query[None, :], mask=inside, other=0.0)
         planes = load_planes(plane_ptr, start // C, base, key, ticks, keys, C, M, P, R, MASKED)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         x = tl.dot(tl.trans(planes), spread, x, input_precision=PRECISION)
-        weight = power2(x * factor - stat[None, :])
+        weight = power2(tl.dot(pick_stat, side, x, input_precision=PRECISION) * factor)
         if MASKED:
             weight = tl.where(
                 allowed(place[None, :], key[:, None], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True),
@@ -156,7 +169,8 @@ def _key_tiles(
                 0.0,
             )
         gv = tl.dot(weight.to(gy.dtype), gy, gv, input_precision=PRECISION)
-        g = (weight * (tl.dot(v, tl.trans(gy), input_precision=PRECISION) - delta[None, :])).to(q.dtype)
+        slope = tl.dot(v, tl.trans(gy), input_precision=PRECISION)
+        g = (weight * tl.dot(pick_delta, side, slope, input_precision=PRECISION)).to(q.dtype)
         gk = tl.dot(g, q, gk, input_precision=PRECISION)
         store_ticks(gbeta_ptr, tl.dot(g, collect, input_precision=PRECISION), start // C, key, ticks, keys, M // C, NB)
     return gk, gv
@@ -164,10 +178,10 @@ def _key_tiles(
 
 @triton.jit
 def _backward_keys(
-    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, doc_ptr, stat_ptr, delta_ptr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, doc_ptr, side_ptr,
     gk_ptr, gk_b, gk_h, gk_t, gv_ptr, gv_b, gv_h, gv_t, gbeta_ptr, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
-    WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+    STATS: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (per query head) and dbeta of one block of keys; tiles of queries start on a tick."""
     row = first + tl.program_id(1).to(tl.int64)
@@ -192,16 +206,16 @@ def _backward_keys(
         plain = tl.minimum(high, low + tl.cdiv(tl.program_id(0) * K + K - low, M) * M)
     gk, gv = _key_tiles(
         gk, gv, low, plain, k, v, key, spread, collect, scale * LOG2E, q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t,
-        stat_ptr + row * queries, delta_ptr + row * queries, plane_ptr + local * P, gbeta_ptr + local, doc_ptr,
+        side_ptr + row * (STATS + P) * queries, plane_ptr + local * P, gbeta_ptr + local, doc_ptr,
         batch, head, base, q_start, queries, keys, docs, window, ticks,
-        C, D, M, K, P, R, NB, WINDOW, DOC, EXACT, PRECISION, True,
+        C, D, M, K, P, R, NB, STATS, WINDOW, DOC, EXACT, PRECISION, True,
     )  # fmt: skip
     if EXACT:
         gk, gv = _key_tiles(
             gk, gv, plain, high, k, v, key, spread, collect, scale * LOG2E, q_ptr, q_b, q_h, q_t, gy_ptr, gy_b, gy_h, gy_t,
-            stat_ptr + row * queries, delta_ptr + row * queries, plane_ptr + local * P, gbeta_ptr + local, doc_ptr,
+            side_ptr + row * (STATS + P) * queries, plane_ptr + local * P, gbeta_ptr + local, doc_ptr,
             batch, head, base, q_start, queries, keys, docs, window, ticks,
-            C, D, M, K, P, R, NB, WINDOW, DOC, EXACT, PRECISION, False,
+            C, D, M, K, P, R, NB, STATS, WINDOW, DOC, EXACT, PRECISION, False,
         )  # fmt: skip
     if FILL:
         fill_zeros(gbeta_ptr + local, high, end, key, keys, ticks, C, M, K)
@@ -218,6 +232,10 @@ def _query_tiles(
     DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [low, high) to dq."""
+    column = tl.arange(0, 16)[None, :]
+    upper = delta.to(q.dtype).to(tl.float32)
+    parts = tl.where(column == 0, -upper[:, None], tl.where(column == 1, (upper - delta)[:, None], 0.0)).to(q.dtype)
+    ones = tl.full([16, K], 1.0, q.dtype)
     for begin in range(low, high, K):
         key = begin + tl.arange(0, K)
         k_at = rows(k_ptr, batch, source, k_b, k_h, k_t, key, D)
@@ -230,7 +248,7 @@ def _query_tiles(
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logit = tl.dot(hot, planes, x, input_precision=PRECISION)
         g = power2(logit * (scale * LOG2E) - stat[:, None])
-        g *= tl.dot(gy, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+        g *= tl.dot(parts, ones, tl.dot(gy, tl.trans(v), input_precision=PRECISION), input_precision=PRECISION)
         if MASKED:
             g = tl.where(allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True), g, 0.0)
         if KIND >= 0:
@@ -300,25 +318,27 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, planes: Tensor, barrier: Tensor | None, strength: Tensor | None, limit: float | None, site: Site,
     y: Tensor, stat: Tensor,
 ) -> None:  # fmt: skip
-    """Fill y and stat for the pairs of `site`. limit: bound on the biased logits in units of log 2; None: unknown."""
+    """Fill y and stat for the pairs of `site`. barrier: as two float32 whose sum it is, [2, B, H, T]; limit: bound on the biased
+    logits in units of log 2; None: unknown.
+    """
     tile = tile_for("attention", q, site.tick)
     _forward[site.query_grid(q, tile)](
         q, *strides(q), k, *strides(k), v, *strides(v), planes, site.mask(q), *((q, q) if barrier is None else (barrier, strength)),
-        y, *strides(y), stat, limit or 0.0, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
+        y, *strides(y), stat, limit or 0.0, q.shape[0] * q.shape[1], site.scale, *site.sizes(q, k), **site.static(q, k, tile),
         BOUNDED=limit is not None, BARRIER=barrier is not None,
     )  # fmt: skip
 
 
 def backward_keys(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, stat: Tensor, delta: Tensor, site: Site,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, side: Tensor, site: Site,
     gk: Tensor, gv: Tensor, gbeta: Tensor, *, fill: bool,
 ) -> None:  # fmt: skip
     """Fill gk, gv [B, H, Tk, D] and gbeta [pairs, N, Tk]; fill: also the ticks of gbeta before a key's block."""
     tile = tile_for("attention_keys", q, site.tick)
     _backward_keys[site.key_grid(k, tile)](
-        q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes, site.mask(q), stat, delta,
+        q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes, site.mask(q), side,
         gk, *strides(gk), gv, *strides(gv), gbeta, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
-        NB=max(FEWEST, tile.queries // site.tick), FILL=fill,
+        NB=max(FEWEST, tile.queries // site.tick), STATS=stats_of(q.dtype), FILL=fill,
     )  # fmt: skip
 
 
@@ -335,9 +355,45 @@ def backward_queries(
     )  # fmt: skip
 
 
-def row_products(grad: Tensor, y: Tensor) -> Tensor:
-    """delta [B, H, Tq] = sum over D of grad * y: what a softmax subtracts from the gradients of its weights."""
-    return (grad.float() * y.float()).sum(-1)
+@triton.jit
+def _row_products(
+    gy_ptr, gy_b, gy_h, gy_t, y_ptr, y_b, y_h, y_t, stat_ptr, delta_ptr, side_ptr, inverse, heads, queries,
+    D: tl.constexpr, M: tl.constexpr, STATS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) * M + tl.arange(0, M)
+    real = query < queries
+    gy = tl.load(rows(gy_ptr, row // heads, row % heads, gy_b, gy_h, gy_t, query, D), mask=real[:, None], other=0.0)
+    y = tl.load(rows(y_ptr, row // heads, row % heads, y_b, y_h, y_t, query, D), mask=real[:, None], other=0.0)
+    delta = tl.sum(gy.to(tl.float32) * y.to(tl.float32), 1)
+    tl.store(delta_ptr + row * queries + query, delta, mask=real)
+    rest = tl.load(stat_ptr + row * queries + query, mask=real, other=0.0) * -inverse
+    side_at = side_ptr + row * (STATS + P) * queries + query
+    for part in tl.static_range(STATS + P):
+        if part == STATS:
+            rest = -delta
+        value = rest.to(side_ptr.dtype.element_ty)
+        tl.store(side_at + part * queries, value, mask=real)
+        rest -= value.to(tl.float32)
+
+
+def row_products(grad: Tensor, y: Tensor, stat: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What the backward needs of every query: delta [B, H, Tq], the sum over D of grad * y, which a softmax subtracts from the
+    gradients of its weights, and `side` [B, H, S, Tq], parts in y's dtype whose sums are -stat in units of q . k, then -delta.
+    """
+    grad, y = dense(grad), dense(y)
+    batch, heads, queries, dim = y.shape
+    stats, planes = stats_of(y.dtype), planes_of(y.dtype)
+    delta, side = torch.empty_like(stat), y.new_empty(batch, heads, stats + planes, queries)
+    _row_products[(triton.cdiv(queries, 64), batch * heads)](
+        grad, *strides(grad), y, *strides(y), stat, delta, side, math.log(2) / scale, heads, queries, D=dim, M=64, STATS=stats, P=planes
+    )
+    return delta, side
+
+
+def stats_of(dtype: torch.dtype) -> int:
+    """How many values of this dtype hold a float32."""
+    return 1 if dtype == torch.float32 else 3
 
 
 def key_gradients(q: Tensor, k: Tensor) -> Tensor:
@@ -377,9 +433,9 @@ def attention_adjoint(
     """Gradients of q, k, v and beta."""
     q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
-    planes, delta = to_planes(beta / scale, q.dtype), row_products(grad, y)
+    planes, (delta, side) = to_planes(beta / scale, q.dtype), row_products(grad, y, stat, scale)
     gq, gk, gv, gbeta = torch.empty_like(q), key_gradients(q, k), key_gradients(q, v), torch.empty(beta.shape, device=q.device)
-    backward_keys(grad, q, k, v, planes, stat, delta, site, gk, gv, gbeta, fill=True)
+    backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=True)
     backward_queries(grad, q, k, v, planes, stat, delta, site, gq)
     return gq, sum_groups(gk, k), sum_groups(gv, v), gbeta
 

@@ -26,9 +26,20 @@ def trace(function: Callable, inputs: int) -> fx.GraphModule:
     lists = (torch.ops.aten.stack.default, torch.ops.aten.unbind.int)
     table = {name: rule for name, rule in core_aten_decompositions().items() if name not in lists}
     module = make_fx(function, decomposition_table=table)(*examples)
+    _merge_equal(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """Let equal operations on equal inputs be one node, so that a constant of a head is handed over once."""
+    known: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+            if first is not node:
+                node.replace_all_uses_with(first)
 
 
 def split(module: fx.GraphModule, coefficients: int) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -89,7 +89,10 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
         plain = (theta.contiguous(), constants.contiguous(), start.contiguous())
-        gate = (None, None) if barrier is None else (barrier.contiguous(), strength.contiguous())
+        gate = (None, None)
+        if barrier is not None:
+            high = barrier.float()
+            gate = (torch.stack([high, (barrier - high).float()]), strength.contiguous())
         noise = () if key is None else (key, first, layer)
         return cls(
             dense(q), dense(k), dense(v), *plain, *gate, doc, noise, kernels_for(signature), scale, window, drive_triton.KINDS[kind]
@@ -172,7 +175,7 @@ def fused_adjoint(
     it = _Layer.of(q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind)
     q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape
-    delta = attention_triton.row_products(grad, y)
+    delta, side = attention_triton.row_products(grad, y, stat, scale)
     gq, gk, gv = torch.empty_like(q), attention_triton.key_gradients(q, k), attention_triton.key_gradients(q, v)
     gtheta, blocks = torch.zeros_like(it.theta), -(-tokens // BLOCK)
     gbarrier = delta.new_empty(batch, heads, tokens if barrier is not None else 0)
@@ -181,7 +184,7 @@ def fused_adjoint(
     for site, drive, planes, check in it.sites():
         gbeta = torch.empty_like(drive) if gbeta is None else gbeta
         scratch = drive.new_empty(it.every, *check.shape[1:]) if scratch is None else scratch
-        attention_triton.backward_keys(grad, q, k, v, planes, stat, delta, site, gk, gv, gbeta, fill=False)
+        attention_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=False)
         gplanes = torch.empty_like(planes)
         it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
         gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)

@@ -3,7 +3,7 @@
 There is one pair for every set of optional parts: the forward stores its states every few ticks, the backward recomputes the
 ticks between two of them and walks them in reverse. The pair exists for two sites: `operator` reads any start state and writes
 any output per tick, as `kernels.presyn` needs; `layer` starts at rest, adds the barrier to the bias and reads and writes what the
-fused layer passes between its kernels.
+fused layer passes between its kernels; the barrier comes as the sum of two float32 [2, B, H, T].
 
 Dimensions: B batch, H query heads, N ticks, Tk keys; S state variables, P per-head constants, O outputs per tick.
 """
@@ -313,13 +313,23 @@ def _partial(tick: Tick, pairs: str) -> list[str]:
 BARRIER = """\
 if BARRIER:
     strength = tl.load(strength_ptr + head)
-    mine = tl.load(barrier_ptr + row * keys + offset, mask=live, other=0.0)"""
-NEARNESS = "(mine - tl.load(barrier_ptr + row * keys + tl.minimum(({n}) * {tick}, keys - 1))).to(tl.float32)"
+    high_at = barrier_ptr + row * keys
+    low_at = high_at + pairs * keys
+    mine = tl.load(high_at + offset, mask=live, other=0.0)
+    rest = tl.load(low_at + offset, mask=live, other=0.0)"""
+NEARNESS = """\
+    begin = tl.minimum({n} * {tick}, keys - 1)
+    near = (mine - tl.load(high_at + begin)) + (rest - tl.load(low_at + begin))"""
 PLANES = """\
-high = ({value}).to(plane_ptr.dtype.element_ty)
-tl.store(plane_ptr + plane_at + ({n}) * keys, high, mask=live & (still + ({n}) < ticks))
-if P == 2:
-    tl.store(plane_ptr + plane_at + (ticks + ({n})) * keys, ({value}) - high.to(tl.float32), mask=live & (still + ({n}) < ticks))"""
+value = {value}
+exists = live & (still + {n} < ticks)
+if P == 2:  # the upper half of a float32 is a bfloat16, and what it leaves over is exact: no conversion, which is slow
+    bits = value.to(tl.uint32, bitcast=True)
+    low = (value - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
+    tl.store(plane_ptr.to(tl.pointer_type(tl.uint16)) + plane_at + {n} * keys, (bits >> 16).to(tl.uint16), mask=exists)
+    tl.store(plane_ptr.to(tl.pointer_type(tl.uint16)) + plane_at + (ticks + {n}) * keys, (low >> 16).to(tl.uint16), mask=exists)
+else:
+    tl.store(plane_ptr + plane_at + {n} * keys, value, mask=exists)"""
 
 
 def _layer_lines(tick: Tick) -> list[str]:
@@ -346,7 +356,7 @@ def _layer_lines(tick: Tick) -> list[str]:
         return [f"drive = i{u} * {1 / spec.tick!r}", *tick.noise(n), *tick.step]
 
     def forward_tick(n: str, u: int) -> list[str]:
-        gate = ["if BARRIER:", f"    total += strength * {NEARNESS.format(n=n, tick=spec.tick)}"]
+        gate = ["if BARRIER:", *NEARNESS.format(n=n, tick=spec.tick).splitlines(), "    total += strength * near"]
         planes = PLANES.format(value="total * inverse", n=n).splitlines()
         return [*replay(n, u), f"total = {tick.out[0]}", *gate, *planes, *tick.advance]
 
@@ -357,7 +367,7 @@ def _layer_lines(tick: Tick) -> list[str]:
         return [*(f"{keep('store', u, i)}, s{i}, mask=live)" for i in range(states)), *replay(n, u), *tick.advance]
 
     def backward_tick(n: str, u: int) -> list[str]:
-        gate = ["if BARRIER:", "    gmine += c0", f"    gstrength += c0 * {NEARNESS.format(n=n, tick=spec.tick)}"]
+        gate = ["if BARRIER:", *NEARNESS.format(n=n, tick=spec.tick).splitlines(), "    gmine += c0", "    gstrength += c0 * near"]
         planes = PLANES.format(value=f"{tick.gradients[states]} * {1 / spec.tick!r}", n=n).splitlines()
         return [
             f"c0 = c0_{u}", *(f"s{i} = s{i}_{u}" for i in range(states)), f"drive = i{u} * {1 / spec.tick!r}", *gate,

@@ -21,6 +21,7 @@ DOC2_SLOPE = 4.0
 # Vesicles in a full pool (the background's init_rrp), which turns a cost per vesicle into one per pool.
 POOL_VESICLES = 6.0
 TINY = 1e-12
+VANISHING = 1e-30
 
 
 def doc2_activation(calcium: Tensor, p: PresynParams) -> Tensor:
@@ -35,9 +36,11 @@ def release_logit(state: PresynState, p: PresynParams) -> Tensor:
     adds a tail at low calcium. b0 contains the complexin clamp of a rested terminal.
     """
     calcium = state.calcium
-    syt = calcium / (calcium + p.k_fast)
-    if p.k_slow is not None:
-        syt = p.syt_mix * syt + (1 - p.syt_mix) * calcium / (calcium + p.k_slow)
+    if p.k_slow is None:
+        syt = calcium / (calcium + p.k_fast)
+    else:  # w C / (C + K_fast) + (1 - w) C / (C + K_slow) with one division
+        fast, slow = calcium + p.k_fast, calcium + p.k_slow
+        syt = calcium * (fast + p.syt_mix * (slow - fast)) / (fast * slow)
     if p.doc2_gain is not None:
         syt = syt + p.doc2_gain * doc2_activation(calcium, p)
     logit = p.syt_gain * syt + p.release_bias
@@ -53,6 +56,11 @@ def log_pool(pool: Tensor, epsilon: float) -> Tensor:
     return torch.log((pool + epsilon) / (1 + epsilon))
 
 
+def log_probability(logit: Tensor) -> Tensor:
+    """log p of a release logit, from the p that the step needs too; its slope stays finite where p vanishes."""
+    return torch.log(torch.sigmoid(logit) + VANISHING)
+
+
 def terminal_bias(state: PresynState, p: PresynParams, logit: Tensor | None = None) -> Tensor:
     """beta = g_f log(p / p_rest) + g_d l(R) + g_q log(q / q_rest) + g_Q l(Q), limited smoothly to +-beta_max.
 
@@ -60,7 +68,7 @@ def terminal_bias(state: PresynState, p: PresynParams, logit: Tensor | None = No
     to its constant. q = sigmoid(slope (E - 1/2)) is the quantal amplitude. `logit` saves a second release_logit.
     """
     logit = release_logit(state, p) if logit is None else logit
-    beta = p.gain_release * (F.logsigmoid(logit) - F.logsigmoid(p.release_bias))
+    beta = p.gain_release * (log_probability(logit) - log_probability(p.release_bias))
     beta = beta + p.gain_depletion * log_pool(state.vesicles, p.epsilon)
     if p.quantal_slope is not None:
         amplitude = F.logsigmoid(p.quantal_slope * (state.energy - 0.5)) - F.logsigmoid(0.5 * p.quantal_slope)

@@ -145,6 +145,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Per kernel and head size up to 64, up to 128: measured on an H100; all fit into 99 KB of shared memory, the limit of consumer cards.
@@ -234,6 +235,7 @@ class Site(NamedTuple):
             "R": max(FEWEST, planes * tile.queries // self.tick), "WINDOW": self.window is not None, "DOC": self.doc is not None,
             "EXACT": plain and q.shape[2] % max(tile.queries, tile.keys) == 0,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
+            **({"maxnreg": tile.registers} if tile.registers else {}),
         }  # fmt: skip
 
     def query_grid(self, q: Tensor, tile: Tile) -> tuple[int, int]:
