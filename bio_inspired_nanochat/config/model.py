@@ -28,7 +28,7 @@ class GPTConfig:
     bos_token_id: int = knob(0, "id of the token that starts a document, used with doc_mask", lo=0, hi=1 << 20)
     backend: str = knob(
         "auto",
-        "execution of the attention operators: auto picks by device; fused trains whole layers in one kernel (core terminals on CUDA)",
+        "execution of the attention operators: auto picks by device: on CUDA fused, a whole layer in one operator, where it can",
         choices=("auto", "reference", "sdpa", "triton", "fused"),
     )
     init: str = knob(

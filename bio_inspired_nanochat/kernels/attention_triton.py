@@ -333,7 +333,7 @@ def backward_keys(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, side: Tensor, site: Site,
     gk: Tensor, gv: Tensor, gbeta: Tensor, *, fill: bool,
 ) -> None:  # fmt: skip
-    """Fill gk, gv [B, H, Tk, D] and gbeta [pairs, N, Tk]; fill: also the ticks of gbeta before a key's block."""
+    """Fill gk, gv [B, H, Tk, D] and gbeta [pairs, N, Tk]; fill: also with zeros the ticks outside a key's span."""
     tile = tile_for("attention_keys", q, site.tick)
     _backward_keys[site.key_grid(k, tile)](
         q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes, site.mask(q), side,

@@ -218,7 +218,7 @@ def _backward_queries(
 
 
 def forward(q: Tensor, k: Tensor, theta: Tensor, kind: int, site: Site, out: Tensor, *, fill: bool) -> None:
-    """Fill out [pairs, N, Tk] float32; fill: also the ticks before a key's block, which have no drive."""
+    """Fill out [pairs, N, Tk] float32; fill: also with zeros the ticks outside a key's span."""
     tile = tile_for("drive", q, site.tick)
     _forward[site.key_grid(k, tile)](
         q, *strides(q), k, *strides(k), theta, site.mask(q), out, site.scale, *site.sizes(q, k), **site.static(q, k, tile),

@@ -20,7 +20,7 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels import attention_triton, drive_triton
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, WARPS, Kernels, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Kernels, constants_of, kernels_for, signature_of, states_of
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
 from bio_inspired_nanochat.kernels.tiles import Site, dense, planes_of
@@ -104,13 +104,15 @@ class _Layer(NamedTuple):
 
     @property
     def every(self) -> int:
-        """Ticks between two stored states: about the square root, so that what is stored and what is recomputed stay small."""
-        unroll = self.kernels.spec.unroll
-        return max(1, math.isqrt(self.ticks) // unroll) * unroll
+        return self.kernels.spec.every(self.ticks)
 
     def buffer(self, count: int, *front: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised [count, *front, N, T]."""
         return torch.empty(count, *front, self.ticks, self.k.shape[2], dtype=dtype, device=self.q.device)
+
+    def scratch(self, check: Tensor) -> Tensor:
+        """Room for the states of the ticks between two stored ones, where registers have none."""
+        return check.new_empty(self.every if self.kernels.spec.unroll == 1 else 0, *check.shape[1:])
 
     def sites(self) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
         """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks."""
@@ -121,7 +123,7 @@ class _Layer(NamedTuple):
         check = drive.new_empty(-(-self.ticks // self.every), len(spec.states), most, keys)
         for first in range(0, pairs, most):
             site = Site(spec.tick, self.scale, 0, self.window, self.doc, first, min(most, pairs - first))
-            drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=False)
+            drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
             self._launch(self.kernels.forward, site, drive, self.constants, self.start, planes, check, *self._gate(), 1 / self.scale)
             yield site, drive, planes, check
 
@@ -132,7 +134,7 @@ class _Layer(NamedTuple):
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
         kernel[(site.count, -(-keys // BLOCK))](
             *arguments, site.first, pairs, self.ticks, keys, self.q.shape[1], self.every, *self.noise,
-            BARRIER=self.barrier is not None, P=planes_of(self.q.dtype), BLOCK=BLOCK, num_warps=WARPS,
+            BARRIER=self.barrier is not None, P=planes_of(self.q.dtype), **LAUNCH,
         )  # fmt: skip
 
     def reverse(self, site: Site, drive: Tensor, planes: Tensor, check: Tensor, gbeta: Tensor, scratch: Tensor, sums: tuple) -> None:
@@ -183,14 +185,14 @@ def fused_adjoint(
     gbeta = scratch = None
     for site, drive, planes, check in it.sites():
         gbeta = torch.empty_like(drive) if gbeta is None else gbeta
-        scratch = drive.new_empty(it.every, *check.shape[1:]) if scratch is None else scratch
-        attention_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=False)
+        scratch = it.scratch(check) if scratch is None else scratch
+        attention_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
         gplanes = torch.empty_like(planes)
         it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
         gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)
         attention_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind)
     gconstants = torch.empty_like(it.constants)
-    it.kernels.finish[(heads,)](it.constants, partial, gconstants, batch, heads, blocks, BLOCK=BLOCK, num_warps=WARPS)
+    it.kernels.finish[(heads,)](it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
     gk, gv = attention_triton.sum_groups(gk, k), attention_triton.sum_groups(gv, v)
     of_strength = gstrength.sum((0, 2)) if barrier is not None else gstrength.new_empty(0)
     return gq, gk, gv, gtheta, gconstants, gbarrier.to(torch.float64), of_strength

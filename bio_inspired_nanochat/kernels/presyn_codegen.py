@@ -27,6 +27,7 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 WARPS = 4
 BLOCK = 32 * WARPS  # one key per thread: a value that a thread stores is loaded by the same thread
+LAUNCH = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}
 SITES = ("any", "young", "layer")
 UNROLL = 4  # ticks of the core whose loads are in flight together
 
@@ -64,8 +65,14 @@ class Spec(NamedTuple):
 
     @property
     def unroll(self) -> int:
-        """Ticks per turn of the loop in a layer; every turn is a copy of the code, so large sets of parts take one."""
+        """Ticks per turn of the loop in a layer; every tick of it is a copy of the code, so large sets of parts take one."""
         return UNROLL if len(self.states) == 2 and not self.sampler else 1
+
+    def every(self, ticks: int) -> int:
+        """Ticks between two stored states. A turn's states fit into registers; for one tick per turn it is the square root,
+        which keeps what is stored and what is recomputed small together.
+        """
+        return self.unroll if self.unroll > 1 and self.site == "layer" else max(1, math.isqrt(ticks))
 
 
 def signature_of(p: PresynParams, states: list[str], outputs: list[str], noisy: bool, site: str) -> str:
@@ -332,6 +339,54 @@ else:
     tl.store(plane_ptr + plane_at + {n} * keys, value, mask=exists)"""
 
 
+class _Registers(NamedTuple):
+    """Where the backward keeps the states of the ticks between two stored ones: in registers, for a few ticks of few states."""
+
+    states: int
+
+    def store(self, u: int) -> list[str]:
+        """Lines that put the states of tick u of a turn away."""
+        return [f"s{i}_{u} = s{i}" for i in range(self.states)]
+
+    def load(self, u: int) -> list[str]:
+        """Lines that take them back."""
+        return [f"s{i} = s{i}_{u}" for i in range(self.states)]
+
+    def loops(self, drives: list[str], cotangents: list[str], replay: list[str], reverse: list[str]) -> list[str]:
+        """Forward and back over the ticks of a part, which is one turn."""
+        return ["n = part * every", *drives, *cotangents, *replay, *reverse]
+
+
+class _Scratch(NamedTuple):
+    """The same in memory, tick by tick."""
+
+    states: int
+
+    def _at(self, verb: str, i: int) -> str:
+        return f"tl.{verb}(scratch_ptr + ((n - part * every) * {self.states} + {i}) * size + at"
+
+    def store(self, u: int) -> list[str]:
+        """See `_Registers`."""
+        return [f"{self._at('store', i)}, s{i}, mask=live)" for i in range(self.states)]
+
+    def load(self, u: int) -> list[str]:
+        """See `_Registers`."""
+        return [f"s{i} = {self._at('load', i)}, mask=live, other=0.0)" for i in range(self.states)]
+
+    def loops(self, drives: list[str], cotangents: list[str], replay: list[str], reverse: list[str]) -> list[str]:
+        """See `_Registers`."""
+        return [
+            "stop = tl.minimum((part + 1) * every, ticks)",
+            "for n in range(part * every, stop):",
+            *_indent([*drives, *replay], 1),
+            "tl.debug_barrier()",
+            "for m in range(stop - part * every):",
+            "    n = stop - 1 - m",
+            *_indent([*drives, *cotangents, *reverse], 1),
+            "tl.debug_barrier()",
+        ]
+
+
 def _layer_lines(tick: Tick) -> list[str]:
     """Both passes as the fused layer needs them: from rest, several ticks per turn, bias and gradient as planes.
 
@@ -360,28 +415,26 @@ def _layer_lines(tick: Tick) -> list[str]:
         planes = PLANES.format(value="total * inverse", n=n).splitlines()
         return [*replay(n, u), f"total = {tick.out[0]}", *gate, *planes, *tick.advance]
 
-    def keep(verb: str, u: int, i: int) -> str:
-        return f"tl.{verb}(scratch_ptr + ((n + {u} - part * every) * {states} + {i}) * size + at"
-
     def replay_tick(n: str, u: int) -> list[str]:
-        return [*(f"{keep('store', u, i)}, s{i}, mask=live)" for i in range(states)), *replay(n, u), *tick.advance]
+        return [*keep.store(u), *replay(n, u), *tick.advance]
 
     def backward_tick(n: str, u: int) -> list[str]:
         gate = ["if BARRIER:", *NEARNESS.format(n=n, tick=spec.tick).splitlines(), "    gmine += c0", "    gstrength += c0 * near"]
         planes = PLANES.format(value=f"{tick.gradients[states]} * {1 / spec.tick!r}", n=n).splitlines()
         return [
-            f"c0 = c0_{u}", *(f"s{i} = s{i}_{u}" for i in range(states)), f"drive = i{u} * {1 / spec.tick!r}", *gate,
-            *tick.noise(n), *tick.back, *planes, *tick.retreat,
+            f"c0 = c0_{u}", *keep.load(u), f"drive = i{u} * {1 / spec.tick!r}", *gate, *tick.noise(n), *tick.back, *planes, *tick.retreat
         ]  # fmt: skip
 
+    keep = _Registers(states) if unroll > 1 else _Scratch(states)
     drives = [load(f"i{u}", "drive", f"n + {u}") for u in range(unroll)]
+    cotangents = [load(f"c0_{u}", "gbeta", f"n + {u}") for u in range(unroll)]
     forward = [
         *head,
         *(f"s{i} = tl.load(start_ptr + {i} * heads + head) + tl.zeros([BLOCK], tl.float32)" for i in range(states)),
         "for part in range(born, parts):",
         *(f"    tl.store(check_ptr + (part * {states} + {i}) * size + at, s{i}, mask=live)" for i in range(states)),
-        f"    for n in range(part * every, tl.minimum((part + 1) * every, ticks), {unroll}):",
-        *_indent([*drives, *turn(forward_tick, True)], 2),
+        *(["    n = part * every"] if unroll > 1 else ["    for n in range(part * every, tl.minimum((part + 1) * every, ticks)):"]),
+        *_indent([*drives, *turn(forward_tick, True)], 1 if unroll > 1 else 2),
     ]
     backward = [
         *head,
@@ -391,16 +444,7 @@ def _layer_lines(tick: Tick) -> list[str]:
         "for back in range(parts - born):",
         "    part = parts - 1 - back",
         *(f"    s{i} = tl.load(check_ptr + (part * {states} + {i}) * size + at, mask=live, other=0.0)" for i in range(states)),
-        f"    turns = tl.cdiv(tl.minimum((part + 1) * every, ticks) - part * every, {unroll})",
-        f"    for n in range(part * every, part * every + turns * {unroll}, {unroll}):",
-        *_indent([*drives, *turn(replay_tick, True)], 2),
-        "    tl.debug_barrier()",
-        "    for m in range(turns):",
-        f"        n = part * every + (turns - 1 - m) * {unroll}",
-        *_indent([*drives, *(load(f"c0_{u}", "gbeta", f"n + {u}") for u in range(unroll))], 2),
-        *(f"        s{i}_{u} = {keep('load', u, i)}, mask=live, other=0.0)" for u in range(unroll) for i in range(states)),
-        *_indent(turn(backward_tick, False), 2),
-        "    tl.debug_barrier()",
+        *_indent(keep.loops(drives, cotangents, turn(replay_tick, True), turn(backward_tick, False)), 1),
         "if BARRIER:",
         "    tl.store(gbarrier_ptr + row * keys + offset, gmine * strength, mask=live)",
         "    tl.store(gstrength_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(live, gstrength, 0.0), 0))",

@@ -5,13 +5,11 @@ Dimensions: B batch, H query heads, N ticks, Tk keys; S state variables, P per-h
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, WARPS, Spec, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, kernels_for, signature_of, states_of
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 
@@ -29,21 +27,16 @@ def obstacle(p: PresynParams, noise: ReleaseNoise | None, drive: Tensor) -> str 
 def _run(signature: str, drive: Tensor, constants: Tensor, start: Tensor, noise: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     kernels = kernels_for(signature)
     batch, heads, ticks, keys = drive.shape
-    states, every = len(kernels.spec.states), _every(ticks)
+    states, every = len(kernels.spec.states), kernels.spec.every(ticks)
     size = batch * heads * keys
     out = drive.new_empty(len(kernels.spec.outputs), batch, heads, ticks, keys)
     final = torch.empty_like(start)
     check = drive.new_empty(-(-ticks // every), states, batch, heads, keys)
     grid = (batch * heads, -(-keys // BLOCK))
     kernels.forward[grid](
-        drive, constants.contiguous(), start, out, final, check, ticks, keys, heads, size, every, *noise, BLOCK=BLOCK, num_warps=WARPS
+        drive, constants.contiguous(), start, out, final, check, ticks, keys, heads, size, every, *noise, **LAUNCH
     )
     return out, final, check
-
-
-def _every(ticks: int) -> int:
-    """Ticks between two stored states: the square root keeps what is stored and what is recomputed small together."""
-    return max(1, math.isqrt(ticks))
 
 
 @torch.library.custom_op("bio_inspired_nanochat::presyn", mutates_args=())
@@ -57,9 +50,9 @@ def presyn_op(
 
 @presyn_op.register_fake
 def _(drive, constants, start, signature, key, first, layer):
-    outputs, ticks = len(Spec.parse(signature).outputs), drive.shape[2]
-    check = drive.new_empty(-(-ticks // _every(ticks)), *start.shape)
-    return drive.new_empty(outputs, *drive.shape), torch.empty_like(start), check
+    spec, ticks = Spec.parse(signature), drive.shape[2]
+    check = drive.new_empty(-(-ticks // spec.every(ticks)), *start.shape)
+    return drive.new_empty(len(spec.outputs), *drive.shape), torch.empty_like(start), check
 
 
 @torch.library.custom_op("bio_inspired_nanochat::presyn_adjoint", mutates_args=())
@@ -77,7 +70,7 @@ def presyn_adjoint(
     """Gradients of drive, constants and start from those of the outputs and of the final state."""
     kernels = kernels_for(signature)
     batch, heads, ticks, keys = drive.shape
-    states, every = len(kernels.spec.states), _every(ticks)
+    states, every = len(kernels.spec.states), kernels.spec.every(ticks)
     constants = constants.contiguous()
     drive, grad_drive = drive.contiguous(), torch.empty_like(drive, memory_format=torch.contiguous_format)
     grad_start = drive.new_empty(states, batch, heads, keys)
@@ -98,11 +91,10 @@ def presyn_adjoint(
             partial,
         ),
         *(ticks, keys, heads, batch * heads * keys, every, *noise),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        **LAUNCH,
     )
     grad_constants = torch.empty_like(constants)
-    kernels.finish[(heads,)](constants, partial, grad_constants, batch, heads, grid[1], BLOCK=BLOCK, num_warps=WARPS)
+    kernels.finish[(heads,)](constants, partial, grad_constants, batch, heads, grid[1], **LAUNCH)
     return grad_drive, grad_constants, grad_start
 
 

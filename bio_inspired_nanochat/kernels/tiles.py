@@ -139,7 +139,7 @@ def store_ticks(out_ptr, value, tick, key, ticks, keys, N: tl.constexpr, NB: tl.
 
 
 class Tile(NamedTuple):
-    """Sizes of a tile and how it is launched."""
+    """Sizes of a tile and how it is launched; registers: the most that a thread may take."""
 
     queries: int
     keys: int
@@ -148,25 +148,40 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-# Per kernel and head size up to 64, up to 128: measured on an H100; all fit into 99 KB of shared memory, the limit of consumer cards.
+# Per kernel and head size up to 64, up to 128: measured on an H100.
 TILES = {
-    "drive": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "drive_keys": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "drive_queries": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "attention": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "attention_keys": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
-    "attention_queries": (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    "drive": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    "drive_keys": (Tile(64, 64, 4, 4, 168), Tile(64, 64, 4, 3, 168)),
+    "drive_queries": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    "attention": (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
+    "attention_keys": (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+    "attention_queries": (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
 }
+# What does not fit into the shared memory of consumer cards has another tile there.
+SMALL = {("attention_keys", 128): Tile(32, 64, 4, 2)}
+SMALL_BYTES = 99 * 1024
 WIDEST_HEAD = 128
 FEWEST = 16  # rows of the smallest matrix product
 
 
 def tile_for(kernel: str, q: Tensor, tick: int) -> Tile:
-    """The tile of a kernel; float32 operands take twice the shared memory, so they get half the keys."""
-    tile = TILES[kernel][q.shape[3] > 64]
+    """The tile of a kernel on q's device; float32 operands take twice the shared memory, so they get half the keys."""
+    wide = q.shape[3] > 64
+    tile = TILES[kernel][wide]
     if _interpreted():
         return tile._replace(queries=max(16, tick), keys=16)
-    return tile if q.element_size() <= 2 else tile._replace(queries=max(32, tick), keys=32, stages=1)
+    if q.element_size() > 2:
+        return tile._replace(queries=max(32, tick), keys=32, stages=1)
+    small = SMALL.get((kernel, 128 if wide else 64))
+    return small if small and shared_bytes(q.device) < 2 * SMALL_BYTES else tile
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take; SHARED_LIMIT_KB in the environment sets a smaller card's limit."""
+    if limit := os.environ.get("SHARED_LIMIT_KB"):
+        return int(limit) * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else SMALL_BYTES
 
 
 @functools.cache
@@ -234,7 +249,7 @@ class Site(NamedTuple):
             "C": self.tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys, "P": planes,
             "R": max(FEWEST, planes * tile.queries // self.tick), "WINDOW": self.window is not None, "DOC": self.doc is not None,
             "EXACT": plain and q.shape[2] % max(tile.queries, tile.keys) == 0,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
             **({"maxnreg": tile.registers} if tile.registers else {}),
         }  # fmt: skip
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import (
+    PresynParams,
     PresynState,
     cannot_fuse,
     fused_attention,
+    fused_obstacle,
     num_ticks,
     presyn,
     presyn_bias,
@@ -52,14 +54,18 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
         """Attention output [B, H, T, D] for whole sequences, terminals starting at rest."""
-        if self.fused:
-            return self._fused(x, q, k, v, extras)
+        theta, params = (self.synapse.theta_value(), self.synapse.params()) if self.cfg.presyn else (None, None)
+        if self.backend in ("auto", "fused"):
+            obstacle = self._fused_obstacle(q, theta, params, extras)
+            if obstacle is None:
+                return self._fused(x, q, k, v, theta, params, extras)
+            if self.backend == "fused":
+                raise cannot_fuse(obstacle)
         tokens = q.shape[2]
         beta = None
-        if self.cfg.presyn:
-            drive = self._drive(q, k, window=self.window, doc=extras.doc)
-            closed, params = tokens // self.tick, self.synapse.params()
-            beta, _ = presyn(drive, params, closed=closed, causal=True, backend=self.backend, **extras._asdict())
+        if params is not None:
+            drive = self._drive(q, k, theta, window=self.window, doc=extras.doc)
+            beta, _ = presyn(drive, params, closed=tokens // self.tick, causal=True, backend=self.parts, **extras._asdict())
         if self.cfg.barrier != "none":
             total = self.synapse.barrier_total(x) if self.cfg.barrier == "gated" else None
             first = torch.arange(0, tokens, self.tick, device=x.device)[None]
@@ -67,24 +73,26 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
             beta = barrier if beta is None else beta + barrier
         return self._biased(q, k, v, beta, doc=extras.doc)
 
-    def _fused(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
-        obstacle = None
-        if not self.cfg.presyn:
-            obstacle = "it has no presynaptic terminals"
-        elif self.window is not None or extras.doc is not None:
-            obstacle = "sliding windows and doc_mask are on the split path"
-        elif extras.noise is not None or extras.record is not None:
-            obstacle = "stochastic release, telemetry and auxiliary losses are on the split path"
-        if obstacle:
-            raise cannot_fuse(obstacle)
+    def _fused_obstacle(self, q: Tensor, theta: Tensor | None, params: PresynParams | None, extras: Extras) -> str | None:
+        """Why one operator cannot serve the whole layer, or None."""
+        if params is None:
+            return "it has no presynaptic terminals"
+        if extras.record is not None:
+            return "telemetry and auxiliary losses read the terminals tick by tick"
+        return fused_obstacle(q, theta, params, extras.noise)
+
+    def _fused(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, params: PresynParams, extras: Extras) -> Tensor:
         synapse, barrier, strength = self.synapse, None, None
         if self.cfg.barrier != "none":
             barrier, strength = synapse.barrier_total(x), synapse.strength()
         largest = 1.01 * QK_SCALE**2 * self.head_dim * self.scale  # QK norm, and a little for rounding
         return fused_attention(
-            *(q, k, v, synapse.theta_value(), synapse.params(), self.scale, largest),
+            *(q, k, v, theta, params, self.scale, largest),
             barrier=barrier,
             strength=strength,
+            window=self.window,
+            doc=extras.doc,
+            noise=extras.noise,
             kind=self.cfg.drive,
         )
 
@@ -98,22 +106,21 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
             beta = barrier if beta is None else beta + barrier
         return self._biased(q, k, v, beta, q_start=chunk.start, doc=chunk.doc)
 
-    def _drive(self, q: Tensor, k: Tensor, **where) -> Tensor:
-        theta = self.synapse.theta_value()
-        drive = tick_drive(q, k, theta, self.tick, self.scale, kind=self.cfg.drive, backend=self.backend, **where) / self.tick
+    def _drive(self, q: Tensor, k: Tensor, theta: Tensor, **where) -> Tensor:
+        drive = tick_drive(q, k, theta, self.tick, self.scale, kind=self.cfg.drive, backend=self.parts, **where) / self.tick
         if not drive.is_cuda and not torch.compiler.is_compiling() and not torch.isfinite(drive).all():
             raise FloatingPointError(f"layer {self.layer}: the presynaptic drive is not finite (NaN or infinity in q or k)")
         return drive
 
     def _biased(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, **where) -> Tensor:
         beta = None if beta is None else beta.expand(q.shape[0], -1, -1, -1)  # the linear barrier is common to all rows
-        return tick_biased_attention(q, k, v, beta, self.tick, self.scale, window=self.window, backend=self.backend, **where)
+        return tick_biased_attention(q, k, v, beta, self.tick, self.scale, window=self.window, backend=self.parts, **where)
 
     def _advance(self, q: Tensor, k: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Collect the chunk's drive, advance the terminals over the ticks that end in it; bias [B, H, N, stop]."""
         stop, params = chunk.stop, self.synapse.params()
         lengths = None if chunk.full else torch.tensor(chunk.lengths, device=q.device)
-        drive = self._drive(q, k, q_start=chunk.start, window=self.window, doc=chunk.doc, q_len=lengths)
+        drive = self._drive(q, k, self.synapse.theta_value(), q_start=chunk.start, window=self.window, doc=chunk.doc, q_len=lengths)
         closed = chunk.closed(self.tick, q.device)
         if chunk.size == 1 and isinstance(closed, int) and closed == 0:
             state.open_drive[:, :, :stop] += drive[:, :, 0]
@@ -122,7 +129,7 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
             return state.beta[:, :, None, :stop]
         before = self._terminals(state, stop)
         noise = None if chunk.noise is None else chunk.noise.at(self.layer, chunk.start // self.tick)
-        beta, after = presyn(drive, params, before, closed=closed, doc=chunk.doc, noise=noise, backend=self.backend)
+        beta, after = presyn(drive, params, before, closed=closed, doc=chunk.doc, noise=noise, backend=self.parts)
         for name, value in after.parts().items():
             getattr(state, name)[:, :, :stop] = value
         state.beta[:, :, :stop] = presyn_bias(after, params, chunk.doc)

@@ -6,16 +6,25 @@ import torch
 
 from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.kernels import ReleaseNoise
+from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 
 
 def describe_execution(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The line for whole sequences, for example `attention: triton kernels (backend=auto)`."""
+    """The line for whole sequences, for example `attention: fused, ... (backend=auto)`."""
     if not (config.synapses and config.syn_cfg.active):
         return "attention: PyTorch's scaled_dot_product_attention (no synapses)"
     if config.backend != "auto":
         return f"attention: {config.backend} (backend={config.backend})"
     q = torch.zeros(1, 1, 2, config.head_dim, device=device, dtype=dtype)
     obstacle = kernels.triton_obstacle(q, config.syn_cfg.tick)
+    if obstacle is not None:
+        return f"attention: sdpa, PyTorch's own fast parts (backend=auto; not triton: {obstacle})"
+    obstacle = "it has no presynaptic terminals"
+    if config.syn_cfg.presyn:
+        params = Presynaptic(config).params()  # of which only the parts that exist count here
+        noise = ReleaseNoise.of(torch.zeros(1, dtype=torch.long), 0) if params.sampler is not None else None
+        obstacle = kernels.fused_obstacle(q, torch.zeros(1, device=device), params, noise)
     if obstacle is None:
-        return "attention: triton kernels of drive, terminals and bias (backend=auto)"
-    return f"attention: sdpa, PyTorch's own fast parts (backend=auto; not triton: {obstacle})"
+        return "attention: fused, one operator per layer, nothing kept between its forward and backward (backend=auto)"
+    return f"attention: triton, one operator each for drive, terminals and attention (backend=auto; not fused: {obstacle})"

@@ -62,8 +62,8 @@ class CausalSelfAttention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.tick = config.syn_cfg.tick
         self.window = config.window(layer)
-        self.fused = config.backend == "fused"  # for whole sequences; what it does not cover takes the fastest that can
-        self.backend = "auto" if self.fused else config.backend
+        self.backend = config.backend
+        self.parts = "auto" if self.backend == "fused" else self.backend  # of the single operators, which fused does not name
         self.q = Linear(config.n_embd, config.n_head * config.head_dim)
         self.k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
@@ -84,7 +84,7 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
         """Attention output [B, H, T, D] for whole sequences."""
-        return tick_biased_attention(q, k, v, None, self.tick, self.scale, window=self.window, doc=extras.doc, backend=self.backend)
+        return tick_biased_attention(q, k, v, None, self.tick, self.scale, window=self.window, doc=extras.doc, backend=self.parts)
 
     def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state: LayerState, chunk: Chunk) -> Tensor:
         """The next chunk of every sequence: x [B, t, n_embd]; keys, values and synapses in `state` advance in place."""
@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         """Attention output [B, H, t, D] of a chunk against the cache."""
         k, v = state.k[:, :, : chunk.stop], state.v[:, :, : chunk.stop]
         return tick_biased_attention(
-            q, k, v, None, self.tick, self.scale, q_start=chunk.start, window=self.window, doc=chunk.doc, backend=self.backend
+            q, k, v, None, self.tick, self.scale, q_start=chunk.start, window=self.window, doc=chunk.doc, backend=self.parts
         )
 
     def init_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> LayerState:

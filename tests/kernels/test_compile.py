@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 
 import pytest
+import torch
 
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.kernels import PresynState
@@ -12,12 +13,13 @@ from bio_inspired_nanochat.synaptic import Presynaptic
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 SHARED_LIMIT = 99 * 1024  # of an Ada card (sm_89); data-centre cards have more
-HALF = {"q_ptr", "k_ptr", "v_ptr", "gy_ptr", "y_ptr", "gq_ptr", "gk_ptr", "gv_ptr"}
-REALS = {"scale", "limit"}
-WHOLE = {"doc_ptr": "*i64", "barrier_ptr": "*fp64", "key_ptr": "*i64", "first_ptr": "*i64", "layer_ptr": "*i64"}
+HALF = {"q_ptr", "k_ptr", "v_ptr", "gy_ptr", "y_ptr", "gq_ptr", "gk_ptr", "gv_ptr", "plane_ptr", "gplane_ptr", "side_ptr"}
+ALIGNED = {"queries", "keys", "size", "ticks", "q_start", "first", *(f"{x}_{axis}" for x in ("q", "k", "v", "y", "gy", "gk", "gv") for axis in "bht")}
+REALS = {"scale", "limit", "inverse"}
+WHOLE = {"doc_ptr": "*i64", "key_ptr": "*i64", "first_ptr": "*i64", "layer_ptr": "*i64"}
 
 
-def compiled(kernel, capability: int, constants: dict, warps: int, stages: int):
+def compiled(kernel, capability: int, constants: dict, tile):
     """The binary of a kernel for one compute capability; pointers are aligned and sizes multiples of 16, as in training."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -32,31 +34,34 @@ def compiled(kernel, capability: int, constants: dict, warps: int, stages: int):
             aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in REALS else "i32"
-            if name in ("tokens", "queries", "keys", "size", "ticks"):
+            if name in ALIGNED:
                 aligned[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(ASTSource(kernel, signature, fixed, aligned), target=target, options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": tile.warps, "num_stages": tile.stages} | ({"maxnreg": tile.registers} if tile.registers else {})
+    return triton.compile(ASTSource(kernel, signature, fixed, aligned), target=target, options=options)
 
 
 def tiled(dim: int):
-    from bio_inspired_nanochat.kernels import attention_triton, drive_triton, presyn_fused, tiles
+    """Every tiled kernel with its compile-time arguments and its tile, as in training with c = 8."""
+    from bio_inspired_nanochat.kernels import attention_triton as attention
+    from bio_inspired_nanochat.kernels import drive_triton as drive
+    from bio_inspired_nanochat.kernels import tiles
 
-    common = {"C": 8, "D": dim, "PRECISION": "tf32"}
-    where = {"WINDOW": True, "DOC": True}
-    for module, sets in (
-        (drive_triton, {"drive": ("_forward",), "drive_backward": ("_backward_keys", "_backward_queries")}),
-        (attention_triton, {"attention": ("_forward",), "attention_backward": ("_backward_keys", "_backward_queries")}),
-    ):
-        for name, kernels in sets.items():
-            tile = tiles.tile_for(name, dim, 2, 8)
-            for kernel in kernels:
-                yield getattr(module, kernel), {**common, **where, "KIND": 0, "M": tile.queries, "K": tile.keys}, tile
-    made = presyn_fused.kernels_for(spec_of("core"))
-    for name, kernels in {"fused": ("states", "attend"), "fused_backward": ("keys", "queries")}.items():
-        tile = tiles.tile_for(name, dim, 2, 8)
-        for kernel in kernels:
-            yield getattr(made, kernel), {**common, "KIND": 0, "BARRIER": True, "M": tile.queries, "K": tile.keys}, tile
-    yield made.finish, {"BLOCK": 128}, tiles.Tile(0, 0, 4, 3)
+    q = torch.zeros(1, 1, 1024, dim, dtype=torch.bfloat16)
+    site = tiles.Site(8, dim**-0.5, 0, None, None, 0, 1)
+    launches = {
+        attention._forward: ("attention", {"BOUNDED": True, "BARRIER": True}),
+        attention._backward_keys: ("attention_keys", {"NB": 16, "STATS": 3, "FILL": False}),
+        attention._backward_queries: ("attention_queries", {"KIND": 0}),
+        drive._forward: ("drive", {"NB": 16, "FILL": False, "KIND": 0}),
+        drive._backward_keys: ("drive_keys", {"ADD": True, "KIND": 0}),
+        drive._backward_queries: ("drive_queries", {"KIND": 0}),
+    }
+    for kernel, (name, own) in launches.items():
+        tile = tiles.tile_for(name, q, 8)
+        for masks in ({}, {"WINDOW": True, "DOC": True, "EXACT": False}):
+            yield kernel, {**site.static(q, q, tile), **own, **masks}, tile
+    yield attention._row_products, {"D": dim, "M": 64, "STATS": 3, "P": 2}, tiles.Tile(64, 64, 4, 3)
 
 
 def params_of(preset: str):
@@ -65,33 +70,25 @@ def params_of(preset: str):
     return module.params()
 
 
-def spec_of(preset: str) -> str:
-    from bio_inspired_nanochat.kernels import fused
-
-    return fused._spec(params_of(preset))[0].text
-
-
 @pytest.mark.parametrize("capability", [89, 90])
-def test_tiled_and_fused_kernels_fit(capability):
-    seen = set()
-    for kernel, constants, tile in tiled(128):
+@pytest.mark.parametrize("dim", [64, 128])
+def test_tiled_kernels_fit(capability, dim):
+    for kernel, constants, tile in tiled(dim):
         constants = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
-        binary = compiled(kernel, capability, constants, tile.warps, tile.stages)
+        binary = compiled(kernel, capability, constants, tile)
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT, f"{kernel.fn.__name__}: {binary.metadata.shared} bytes"
-        seen.add((kernel.fn.__module__, kernel.fn.__name__))
-    assert len(seen) == 11
 
 
-@pytest.mark.parametrize("preset", ["core", "full"])
-def test_generated_kernels_of_the_terminals_fit(preset):
-    from bio_inspired_nanochat.kernels import presyn_triton
+@pytest.mark.parametrize("preset, site", [("core", "layer"), ("full", "layer"), ("core", "young")])
+def test_generated_kernels_of_the_terminals_fit(preset, site):
+    from bio_inspired_nanochat.kernels import presyn_codegen, tiles
 
     params = params_of(preset)
-    state = PresynState.rest(1, 2, 4, params=params)
-    plain = [name for name in state.parts() if name not in ("open_drive", "ring")]
-    names = [*plain, *(f"ring{slot}" for slot in range(params.endo_slots))]
-    signature = presyn_codegen.signature_of(params, names, ["bias"], params.sampler is not None, "young")
-    made = presyn_triton.kernels_for(signature)
+    names = list(presyn_codegen.states_of(PresynState.rest(1, 2, 4, params=params)))
+    signature = presyn_codegen.signature_of(params, names, ["bias"], params.sampler is not None, site)
+    made = presyn_codegen.kernels_for(signature)
+    constants = {"BLOCK": presyn_codegen.BLOCK, "BARRIER": True, "P": 2}
     for kernel in (made.forward, made.backward, made.finish):
-        binary = compiled(kernel, 89, {"BLOCK": presyn_triton.BLOCK}, presyn_triton.WARPS, 3)
+        fixed = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
+        binary = compiled(kernel, 89, fixed, tiles.Tile(0, 0, presyn_codegen.WARPS, 3))
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT

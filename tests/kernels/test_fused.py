@@ -10,17 +10,18 @@ from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.kernels import PresynParams
+from bio_inspired_nanochat.kernels import PresynParams, ReleaseNoise
 from bio_inspired_nanochat.synaptic import Presynaptic
 from tests.contract import make_ids, make_model
 from tests.kernels.interpreter import run_interpreted
 
 
-def run(exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, barrier=True, kind="phi", **constants):
+def run(exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, barrier=True, kind="phi", preset="core", bounded=True, **options):
     """The output and all gradients by name; `exact` computes from the same numbers in float64 by the reference."""
     torch.manual_seed(0)
+    constants = {name: value for name, value in options.items() if name not in ("window", "docs")}
     cfg = dataclasses.replace(
-        SynapticConfig.preset("core"), **{"tick": tick, "release_rate": 0.2, "alpha_ca": 0.3, "theta": 0.0} | constants
+        SynapticConfig.preset(preset), **{"tick": tick, "release_rate": 0.2, "alpha_ca": 0.3, "theta": 0.0, "lateral_strength": 0.0} | constants
     )
     module = Presynaptic(GPTConfig(n_head=heads, n_kv_head=kv_heads, n_embd=dim * heads, synapses=True, syn_cfg=cfg))
     module.init_weights()
@@ -36,16 +37,20 @@ def run(exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, barrier=Tr
     strength = torch.linspace(0.5, 1.5, heads, device=device).requires_grad_()
     scale, params, theta, total = dim**-0.5, module.params(), module.theta_value(), cost.cumsum(-1)
     gate = {"barrier": total, "strength": strength} if barrier else {}
+    doc = (torch.rand(2, length) < 0.1).cumsum(1).to(device) if options.get("docs") else None
+    where = {"window": options.get("window"), "doc": doc}
+    noise = ReleaseNoise.of(torch.arange(2, device=device), 5).at(3, 0) if params.sampler is not None else None
     if exact:
         params = PresynParams(*[value.double() if isinstance(value, torch.Tensor) else value for value in params])
-        drive = kernels.tick_drive(q, k, theta.double(), tick, scale, kind=kind, backend="reference") / tick
-        beta, _ = kernels.presyn(drive, params, closed=length // tick, backend="reference")
+        drive = kernels.tick_drive(q, k, theta.double(), tick, scale, kind=kind, backend="reference", **where) / tick
+        beta, _ = kernels.presyn(drive, params, closed=length // tick, noise=noise, backend="reference")
         if barrier:
             first = torch.arange(0, length, tick, device=device)
             beta = beta + strength.double()[:, None, None] * (total[:, :, None] - total[:, :, first][..., None])
-        y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, backend="reference")
+        y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, backend="reference", **where)
     else:
-        y = kernels.fused_attention(q, k, v, theta, params, scale, 1.45 * dim**0.5, kind=kind, **gate)
+        largest = 1.45 * dim**0.5 if bounded else None
+        y = kernels.fused_attention(q, k, v, theta, params, scale, largest, kind=kind, noise=noise, **gate, **where)
     leaves = {"q": q, "k": k, "v": v, "cost": cost, "strength": strength, **dict(module.named_parameters())}
     grads = torch.autograd.grad((y * weight.to(y)).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {"y": y, **dict(zip(leaves, grads, strict=True))}
@@ -60,7 +65,18 @@ def compare(device, dtype, length, tick, dim, tolerance, **options):
         assert torch.equal(got[name], again[name]), f"{name} differs between two runs"
 
 
+OPTIONS = {
+    "window": {"window": 19},
+    "documents": {"docs": True, "window": 40},
+    "unbounded": {"bounded": False},
+    "all parts": {"preset": "full", "endo_delay": 20.0},
+    "stochastic": {"stochastic_train_frac": 0.5},
+}
+
+
 def interpreted():
+    for options in OPTIONS.values():
+        compare("cpu", torch.float32, 50, 4, 16, 2e-5, **options)
     compare("cpu", torch.float32, 65, 8, 16, 1e-5, heads=4)
     compare("cpu", torch.float32, 33, 4, 16, 1e-5, kv_heads=1, syt_mix=1.0)
     compare("cpu", torch.float32, 20, 16, 16, 1e-5, kind="softplus", barrier=False)
@@ -91,13 +107,18 @@ def test_the_fused_layer_equals_the_reference_on_the_gpu(dtype, tolerance, dim, 
         compare("cuda", dtype, length, tick, dim, tolerance, heads=4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_the_fused_layer_equal_the_reference_on_the_gpu(dtype, tolerance, options):
+    compare("cuda", dtype, 300, 8, 64, tolerance, **OPTIONS[options])
+
+
 @pytest.mark.parametrize(
     "synapses, overrides, reason",
     [
         ("default", {}, "the tensors are on cpu"),
         ("barrier_gated", {}, "no presynaptic terminals"),
-        ("default", {"window_pattern": "SL"}, "sliding windows"),
-        ("default", {"doc_mask": True}, "doc_mask"),
     ],
 )
 def test_what_the_fused_layer_cannot_serve_is_an_error_with_the_reason(synapses, overrides, reason):

@@ -25,7 +25,7 @@ def test_the_line_names_the_execution_and_the_reason(settings, expected):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tick, expected", [(8, "triton kernels"), (12, "a tick of 12 tokens is not a power of two")])
+@pytest.mark.parametrize("tick, expected", [(8, "fused, one operator per layer"), (12, "a tick of 12 tokens is not a power of two")])
 def test_the_gpu_takes_triton_where_it_can(tick, expected):
     config = GPTConfig(synapses=True, syn_cfg=SynapticConfig(tick=tick))
     assert expected in describe_execution(config, torch.device("cuda"), torch.bfloat16)
