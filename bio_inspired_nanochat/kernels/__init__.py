@@ -207,7 +207,7 @@ def fused_attention(
     scale: float,
     largest: float | None = None,
     *,
-    barrier: Tensor | None = None,
+    cost: Tensor | None = None,
     strength: Tensor | None = None,
     window: int | None = None,
     doc: Tensor | None = None,
@@ -220,8 +220,8 @@ def fused_attention(
         q: [B, H, T, D]; k, v: [B, Hkv, T, D]; theta, scale, kind, window, doc: as in `tick_drive`; noise: as in `presyn`.
             Terminals start at rest.
         largest: bound on |q . k * scale|, which QK norm gives; it saves the running maximum of the softmax. None: unknown.
-        barrier: [B, H, T] float64 running sum L of costs >= 0, which adds -strength (L_t - L_j) to the logit of query t and
-            key j; strength: [H] >= 0.
+        cost: [B, H, T] float32 >= 0 of passing each token: with their running sum L the barrier adds -strength (L_t - L_j) to
+            the logit of query t and key j; strength: [H] >= 0.
 
     Returns:
         y [B, H, T, D]. Differentiable in every tensor. UserError when the kernels cannot serve the call.
@@ -231,7 +231,7 @@ def fused_attention(
     from bio_inspired_nanochat.kernels import fused
 
     where = {"window": window, "doc": doc, "noise": noise, "kind": kind}
-    return fused.attention(q, k, v, theta, params, scale, largest, barrier=barrier, strength=strength, **where)
+    return fused.attention(q, k, v, theta, params, scale, largest, cost=cost, strength=strength, **where)
 
 
 def fused_obstacle(q: Tensor, theta: Tensor, params: PresynParams, noise: ReleaseNoise | None = None) -> str | None:

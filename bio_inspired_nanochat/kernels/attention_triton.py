@@ -27,6 +27,7 @@ from bio_inspired_nanochat.kernels.tiles import (
     dense,
     fill_zeros,
     key_span,
+    launch,
     load_planes,
     one_hot,
     planes_of,
@@ -322,7 +323,8 @@ def forward(
     logits in units of log 2; None: unknown.
     """
     tile = tile_for("attention", q, site.tick)
-    _forward[site.query_grid(q, tile)](
+    launch(
+        _forward, site.query_grid(q, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), planes, site.mask(q), *((q, q) if barrier is None else (barrier, strength)),
         y, *strides(y), stat, limit or 0.0, q.shape[0] * q.shape[1], site.scale, *site.sizes(q, k), **site.static(q, k, tile),
         BOUNDED=limit is not None, BARRIER=barrier is not None,
@@ -335,7 +337,8 @@ def backward_keys(
 ) -> None:  # fmt: skip
     """Fill gk, gv [B, H, Tk, D] and gbeta [pairs, N, Tk]; fill: also with zeros the ticks outside a key's span."""
     tile = tile_for("attention_keys", q, site.tick)
-    _backward_keys[site.key_grid(k, tile)](
+    launch(
+        _backward_keys, site.key_grid(k, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes, site.mask(q), side,
         gk, *strides(gk), gv, *strides(gv), gbeta, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
         NB=max(FEWEST, tile.queries // site.tick), STATS=stats_of(q.dtype), FILL=fill,
@@ -348,7 +351,8 @@ def backward_queries(
 ) -> None:  # fmt: skip
     """Fill gq; with gplanes, the drive's gradient as planes, also the drive's part of it (theta and kind as in `tick_drive`)."""
     tile = tile_for("attention_queries", q, site.tick)
-    _backward_queries[site.query_grid(q, tile)](
+    launch(
+        _backward_queries, site.query_grid(q, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes,
         *((planes, stat) if gplanes is None else (gplanes, theta)), site.mask(q), stat, delta,
         gq, site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind,
@@ -385,7 +389,8 @@ def row_products(grad: Tensor, y: Tensor, stat: Tensor, scale: float) -> tuple[T
     batch, heads, queries, dim = y.shape
     stats, planes = stats_of(y.dtype), planes_of(y.dtype)
     delta, side = torch.empty_like(stat), y.new_empty(batch, heads, stats + planes, queries)
-    _row_products[(triton.cdiv(queries, 64), batch * heads)](
+    launch(
+        _row_products, (triton.cdiv(queries, 64), batch * heads),
         grad, *strides(grad), y, *strides(y), stat, delta, side, math.log(2) / scale, heads, queries, D=dim, M=64, STATS=stats, P=planes
     )
     return delta, side

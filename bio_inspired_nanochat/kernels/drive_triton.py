@@ -22,6 +22,7 @@ from bio_inspired_nanochat.kernels.tiles import (
     dense,
     fill_zeros,
     key_span,
+    launch,
     load_planes,
     one_hot,
     rows,
@@ -220,7 +221,8 @@ def _backward_queries(
 def forward(q: Tensor, k: Tensor, theta: Tensor, kind: int, site: Site, out: Tensor, *, fill: bool) -> None:
     """Fill out [pairs, N, Tk] float32; fill: also with zeros the ticks outside a key's span."""
     tile = tile_for("drive", q, site.tick)
-    _forward[site.key_grid(k, tile)](
+    launch(
+        _forward, site.key_grid(k, tile),
         q, *strides(q), k, *strides(k), theta, site.mask(q), out, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
         NB=max(FEWEST, tile.queries // site.tick), KIND=kind, FILL=fill,
     )  # fmt: skip
@@ -234,7 +236,8 @@ def backward_keys(q: Tensor, k: Tensor, theta: Tensor, kind: int, planes: Tensor
     tile = tile_for("drive_keys", q, site.tick)
     grid = site.key_grid(k, tile)
     gtheta = theta.new_zeros(q.shape[0], q.shape[1], grid[0])
-    _backward_keys[grid](
+    launch(
+        _backward_keys, grid,
         q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gk, *strides(gk), gtheta,
         site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind, ADD=add,
     )  # fmt: skip
@@ -269,7 +272,8 @@ def tick_drive_adjoint(
     planes, gq, gk = to_planes(grad, q.dtype), torch.empty_like(q), key_gradients(q, k)
     gtheta = backward_keys(q, k, theta, KINDS[kind], planes, site, gk, add=False)
     tile = tile_for("drive_queries", q, tick)
-    _backward_queries[site.query_grid(q, tile)](
+    launch(
+        _backward_queries, site.query_grid(q, tile),
         q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gq, scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=KINDS[kind]
     )
     return gq, sum_groups(gk, k), gtheta

@@ -23,7 +23,8 @@ from bio_inspired_nanochat.kernels.noise import ReleaseNoise
 from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Kernels, constants_of, kernels_for, signature_of, states_of
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
-from bio_inspired_nanochat.kernels.tiles import Site, dense, planes_of
+from bio_inspired_nanochat.kernels.scan_triton import running_sum, sum_from_end
+from bio_inspired_nanochat.kernels.tiles import Site, dense, launch, planes_of
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 # Largest |logit| + beta_max whose exponentials and their sums stay well inside float32 without a running maximum.
@@ -48,7 +49,7 @@ def attention(
     scale: float,
     largest: float | None,
     *,
-    barrier: Tensor | None = None,
+    cost: Tensor | None = None,
     strength: Tensor | None = None,
     window: int | None = None,
     doc: Tensor | None = None,
@@ -65,7 +66,7 @@ def attention(
     limit = (largest + p.beta_max) / math.log(2) if bounded else None
     drawn = noise_tensors(noise, q) if noisy else (None, None, None)
     constants, start = torch.stack(list(constants_of(p).values())), torch.stack(list(rest.values())).flatten(1)
-    return fused_op(q, k, v, theta, constants, start, barrier, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
+    return fused_op(q, k, v, theta, constants, start, cost, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
 
 
 class _Layer(NamedTuple):
@@ -87,12 +88,9 @@ class _Layer(NamedTuple):
     kind: int
 
     @classmethod
-    def of(cls, q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
+    def of(cls, q, k, v, theta, constants, start, cost, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
         plain = (theta.contiguous(), constants.contiguous(), start.contiguous())
-        gate = (None, None)
-        if barrier is not None:
-            high = barrier.float()
-            gate = (torch.stack([high, (barrier - high).float()]), strength.contiguous())
+        gate = (None, None) if cost is None else (running_sum(cost), strength.contiguous())
         noise = () if key is None else (key, first, layer)
         return cls(
             dense(q), dense(k), dense(v), *plain, *gate, doc, noise, kernels_for(signature), scale, window, drive_triton.KINDS[kind]
@@ -132,8 +130,8 @@ class _Layer(NamedTuple):
 
     def _launch(self, kernel: Any, site: Site, *arguments: Any) -> None:
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
-        kernel[(site.count, -(-keys // BLOCK))](
-            *arguments, site.first, pairs, self.ticks, keys, self.q.shape[1], self.every, *self.noise,
+        launch(
+            kernel, (site.count, -(-keys // BLOCK)), *arguments, site.first, pairs, self.ticks, keys, self.q.shape[1], self.every, *self.noise,
             BARRIER=self.barrier is not None, P=planes_of(self.q.dtype), **LAUNCH,
         )  # fmt: skip
 
@@ -144,12 +142,12 @@ class _Layer(NamedTuple):
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention", mutates_args=())
 def fused_op(
-    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, barrier: Tensor | None, strength: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, cost: Tensor | None, strength: Tensor | None,
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
     signature: str, scale: float, limit: float | None, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, laid out [B, T, H, D] in memory, and the statistic of every query's logits [B, H, T] (`kernels.attention_triton`)."""
-    it = _Layer.of(q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind)
+    it = _Layer.of(q, k, v, theta, constants, start, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     y, stat = _outputs(q)
     for site, _, planes, _ in it.sites():
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, limit, site, y, stat)
@@ -169,18 +167,18 @@ def _(q, *rest):
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention_adjoint", mutates_args=())
 def fused_adjoint(
     grad: Tensor, y: Tensor, stat: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, barrier: Tensor | None, strength: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, cost: Tensor | None, strength: Tensor | None,
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
     signature: str, scale: float, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, theta, constants, barrier and strength (the last two empty without a barrier)."""
-    it = _Layer.of(q, k, v, theta, constants, start, barrier, strength, doc, key, first, layer, signature, scale, window, kind)
+    """Gradients of q, k, v, theta, constants, cost and strength (the last two empty without a barrier)."""
+    it = _Layer.of(q, k, v, theta, constants, start, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape
     delta, side = attention_triton.row_products(grad, y, stat, scale)
     gq, gk, gv = torch.empty_like(q), attention_triton.key_gradients(q, k), attention_triton.key_gradients(q, v)
     gtheta, blocks = torch.zeros_like(it.theta), -(-tokens // BLOCK)
-    gbarrier = delta.new_empty(batch, heads, tokens if barrier is not None else 0)
+    gbarrier = delta.new_empty(batch, heads, tokens if cost is not None else 0)
     gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
     gbeta = scratch = None
     for site, drive, planes, check in it.sites():
@@ -192,19 +190,19 @@ def fused_adjoint(
         gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)
         attention_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind)
     gconstants = torch.empty_like(it.constants)
-    it.kernels.finish[(heads,)](it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
+    launch(it.kernels.finish, (heads, 1), it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
     gk, gv = attention_triton.sum_groups(gk, k), attention_triton.sum_groups(gv, v)
-    of_strength = gstrength.sum((0, 2)) if barrier is not None else gstrength.new_empty(0)
-    return gq, gk, gv, gtheta, gconstants, gbarrier.to(torch.float64), of_strength
+    gate = (gbarrier, gstrength.new_empty(0)) if cost is None else (sum_from_end(gbarrier), gstrength.sum((0, 2)))
+    return gq, gk, gv, gtheta, gconstants, *gate
 
 
 @fused_adjoint.register_fake
-def _(grad, y, stat, q, k, v, theta, constants, start, barrier, *rest):
+def _(grad, y, stat, q, k, v, theta, constants, start, cost, *rest):
     q, k, v = dense(q), dense(k), dense(v)
     gk, gv = (attention_triton.sum_groups(attention_triton.key_gradients(q, x), x) for x in (k, v))
-    gbarrier = q.new_empty(*q.shape[:2], 0 if barrier is None else q.shape[2], dtype=torch.float64)
+    gcost = theta.new_empty(*q.shape[:2], 0 if cost is None else q.shape[2])
     plain = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (theta, constants))
-    return torch.empty_like(q), gk, gv, *plain, gbarrier, theta.new_empty(0 if barrier is None else len(theta))
+    return torch.empty_like(q), gk, gv, *plain, gcost, theta.new_empty(0 if cost is None else len(theta))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -214,8 +212,8 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _):
     *tensors, y, stat = ctx.saved_tensors
-    *grads, gbarrier, gstrength = fused_adjoint(grad, y, stat, *tensors, ctx.signature, ctx.scale, ctx.window, ctx.kind)
-    gate = (None, None) if tensors[6] is None else (gbarrier, gstrength)
+    *grads, gcost, gstrength = fused_adjoint(grad, y, stat, *tensors, ctx.signature, ctx.scale, ctx.window, ctx.kind)
+    gate = (None, None) if tensors[6] is None else (gcost, gstrength)
     return *grads, None, *gate, *[None] * 9
 
 

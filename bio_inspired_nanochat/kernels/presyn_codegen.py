@@ -352,9 +352,25 @@ class _Registers(NamedTuple):
         """Lines that take them back."""
         return [f"s{i} = s{i}_{u}" for i in range(self.states)]
 
+    def first(self, part: str, loads: list[str]) -> list[str]:
+        """Lines before the loop over parts: the loads of a turn are under way while the one before it is computed."""
+        return [f"n = ({part}) * every", *map(_later, loads)]
+
+    def ahead(self, drives: list[str], forward: list[str]) -> list[str]:
+        """One part forward."""
+        return self._turn("part + 1", drives, forward)
+
     def loops(self, drives: list[str], cotangents: list[str], replay: list[str], reverse: list[str]) -> list[str]:
-        """Forward and back over the ticks of a part, which is one turn."""
-        return ["n = part * every", *drives, *cotangents, *replay, *reverse]
+        """Forward and back over the ticks of a part."""
+        return self._turn("tl.maximum(part - 1, 0)", [*drives, *cotangents], [*replay, *reverse])
+
+    def _turn(self, coming: str, loads: list[str], lines: list[str]) -> list[str]:
+        here = [f"{line.partition(' = ')[0]} = later_{line.partition(' = ')[0]}" for line in loads]
+        return [*here, f"n = ({coming}) * every", *map(_later, loads), "n = part * every", *lines]
+
+
+def _later(line: str) -> str:
+    return f"later_{line}"
 
 
 class _Scratch(NamedTuple):
@@ -372,6 +388,14 @@ class _Scratch(NamedTuple):
     def load(self, u: int) -> list[str]:
         """See `_Registers`."""
         return [f"s{i} = {self._at('load', i)}, mask=live, other=0.0)" for i in range(self.states)]
+
+    def first(self, part: str, loads: list[str]) -> list[str]:
+        """See `_Registers`."""
+        return []
+
+    def ahead(self, drives: list[str], forward: list[str]) -> list[str]:
+        """See `_Registers`."""
+        return ["for n in range(part * every, tl.minimum((part + 1) * every, ticks)):", *_indent([*drives, *forward], 1)]
 
     def loops(self, drives: list[str], cotangents: list[str], replay: list[str], reverse: list[str]) -> list[str]:
         """See `_Registers`."""
@@ -431,16 +455,17 @@ def _layer_lines(tick: Tick) -> list[str]:
     forward = [
         *head,
         *(f"s{i} = tl.load(start_ptr + {i} * heads + head) + tl.zeros([BLOCK], tl.float32)" for i in range(states)),
+        *keep.first("born", drives),
         "for part in range(born, parts):",
         *(f"    tl.store(check_ptr + (part * {states} + {i}) * size + at, s{i}, mask=live)" for i in range(states)),
-        *(["    n = part * every"] if unroll > 1 else ["    for n in range(part * every, tl.minimum((part + 1) * every, ticks)):"]),
-        *_indent([*drives, *turn(forward_tick, True)], 1 if unroll > 1 else 2),
+        *_indent(keep.ahead(drives, turn(forward_tick, True)), 1),
     ]
     backward = [
         *head,
         *(f"{name} = tl.zeros([BLOCK], tl.float32)" for name in ("gmine", "gstrength")),
         *(f"g{i} = tl.zeros([BLOCK], tl.float32)" for i in range(states)),
         *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(tick.derived)),
+        *keep.first("parts - 1", [*drives, *cotangents]),
         "for back in range(parts - born):",
         "    part = parts - 1 - back",
         *(f"    s{i} = tl.load(check_ptr + (part * {states} + {i}) * size + at, mask=live, other=0.0)" for i in range(states)),

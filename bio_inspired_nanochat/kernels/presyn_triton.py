@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
 from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.tiles import launch
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 
@@ -33,7 +34,8 @@ def _run(signature: str, drive: Tensor, constants: Tensor, start: Tensor, noise:
     final = torch.empty_like(start)
     check = drive.new_empty(-(-ticks // every), states, batch, heads, keys)
     grid = (batch * heads, -(-keys // BLOCK))
-    kernels.forward[grid](
+    launch(
+        kernels.forward, grid,
         drive, constants.contiguous(), start, out, final, check, ticks, keys, heads, size, every, *noise, **LAUNCH
     )
     return out, final, check
@@ -78,7 +80,9 @@ def presyn_adjoint(
     grid = (batch * heads, -(-keys // BLOCK))
     partial = drive.new_empty(kernels.derived, *grid)
     noise = [] if key is None else [key, first, layer]
-    kernels.backward[grid](
+    launch(
+        kernels.backward,
+        grid,
         *(
             drive,
             constants,
@@ -94,7 +98,7 @@ def presyn_adjoint(
         **LAUNCH,
     )
     grad_constants = torch.empty_like(constants)
-    kernels.finish[(heads,)](constants, partial, grad_constants, batch, heads, grid[1], **LAUNCH)
+    launch(kernels.finish, (heads, 1), constants, partial, grad_constants, batch, heads, grid[1], **LAUNCH)
     return grad_drive, grad_constants, grad_start
 
 

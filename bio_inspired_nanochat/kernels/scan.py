@@ -38,10 +38,6 @@ def running_sum(x: Tensor) -> Tensor:
 
 
 def _linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    if on_triton(b):
-        from bio_inspired_nanochat.kernels import scan_triton  # imported late: a machine without Triton never gets here
-
-        return scan_triton.scan(a, b, start)
     batch, heads, ticks, keys = b.shape
     x = b.new_empty(batch, heads, ticks + 1, keys)
     x[:, :, 0] = start
@@ -62,10 +58,6 @@ def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 @torch.library.custom_op("bio_inspired_nanochat::linear_scan_adjoint", mutates_args=())
 def linear_scan_adjoint(a: Tensor, grad: Tensor) -> Tensor:
     """Adjoint of the scan's states, [B, H, N+1, Tk]: g[n] = grad[n] + a[n] g[n+1]."""
-    if on_triton(grad):
-        from bio_inspired_nanochat.kernels import scan_triton
-
-        return scan_triton.adjoint(a, grad)
     adjoint = grad.clone(memory_format=torch.contiguous_format)
     for n in range(a.shape[2] - 1, -1, -1):
         adjoint[:, :, n].addcmul_(a[:, :, n], adjoint[:, :, n + 1])

@@ -1,6 +1,6 @@
-"""CUDA execution of the linear scan: one program per row and block of keys walks the ticks with its state in registers.
+"""CUDA execution of running sums in float64: one program per row.
 
-Dimensions: B batch, H query heads, N ticks, Tk keys.
+Dimensions: rows of T values.
 """
 
 from __future__ import annotations
@@ -10,53 +10,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
+from bio_inspired_nanochat.kernels.tiles import launch
+
+CHUNK = 1024
 
 
 @triton.jit
-def _forward(a_ptr, b_ptr, start_ptr, x_ptr, ticks, keys, a_keys, BLOCK: tl.constexpr):
-    row, offset = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = offset < keys
-    a_offset = tl.where(a_keys == 1, 0, offset)
-    x = tl.load(start_ptr + row * keys + offset, mask=live, other=0.0)
-    tl.store(x_ptr + row * (ticks + 1) * keys + offset, x, mask=live)
-    for n in range(ticks):
-        a = tl.load(a_ptr + (row * ticks + n) * a_keys + a_offset, mask=live, other=0.0)
-        b = tl.load(b_ptr + (row * ticks + n) * keys + offset, mask=live, other=0.0)
-        x = a * x + b
-        tl.store(x_ptr + (row * (ticks + 1) + n + 1) * keys + offset, x, mask=live)
+def _running_sum(x_ptr, high_ptr, low_ptr, length, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * length
+    carry = tl.zeros([1], tl.float64)
+    for begin in range(0, length, CHUNK):
+        at = begin + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + row + at, mask=at < length, other=0.0).to(tl.float64)
+        total = carry + tl.cumsum(x, 0)
+        high = total.to(tl.float32)
+        tl.store(high_ptr + row + at, high, mask=at < length)
+        tl.store(low_ptr + row + at, (total - high.to(tl.float64)).to(tl.float32), mask=at < length)
+        carry += tl.sum(x, 0)
 
 
 @triton.jit
-def _adjoint(a_ptr, grad_ptr, out_ptr, ticks, keys, a_keys, BLOCK: tl.constexpr):
-    row, offset = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = offset < keys
-    a_offset = tl.where(a_keys == 1, 0, offset)
-    base = row * (ticks + 1) * keys + offset
-    g = tl.load(grad_ptr + base + ticks * keys, mask=live, other=0.0)
-    tl.store(out_ptr + base + ticks * keys, g, mask=live)
-    for step in range(ticks):
-        n = ticks - 1 - step
-        a = tl.load(a_ptr + (row * ticks + n) * a_keys + a_offset, mask=live, other=0.0)
-        g = tl.load(grad_ptr + base + n * keys, mask=live, other=0.0) + a * g
-        tl.store(out_ptr + base + n * keys, g, mask=live)
+def _sum_from_end(x_ptr, out_ptr, length, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * length
+    carry = tl.zeros([1], tl.float64)
+    for back in range(0, length, CHUNK):
+        at = length - 1 - back - tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + row + at, mask=at >= 0, other=0.0).to(tl.float64)
+        tl.store(out_ptr + row + at, (carry + tl.cumsum(x, 0)).to(tl.float32), mask=at >= 0)
+        carry += tl.sum(x, 0)
 
 
-def scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """See `scan.linear_scan`."""
-    batch, heads, ticks, keys = b.shape
-    a, b, start = a.contiguous(), b.contiguous(), start.contiguous()
-    x = b.new_empty(batch, heads, ticks + 1, keys)
-    grid = (batch * heads, triton.cdiv(keys, BLOCK))
-    _forward[grid](a, b, start, x, ticks, keys, a.shape[3], BLOCK=BLOCK)
-    return x
+def running_sum(x: Tensor) -> Tensor:
+    """Inclusive sum of x [..., T] float32 over the last dimension, [2, ..., T]: two float32 whose sum it is."""
+    x = x.contiguous()
+    out = torch.empty(2, *x.shape, device=x.device)
+    launch(_running_sum, (x.numel() // x.shape[-1], 1), x, out[0], out[1], x.shape[-1], CHUNK=CHUNK)
+    return out
 
 
-def adjoint(a: Tensor, grad: Tensor) -> Tensor:
-    """See `scan.linear_scan_adjoint`."""
-    batch, heads, states, keys = grad.shape
-    a, grad = a.contiguous(), grad.contiguous()
-    out = torch.empty_like(grad)
-    grid = (batch * heads, triton.cdiv(keys, BLOCK))
-    _adjoint[grid](a, grad, out, states - 1, keys, a.shape[3], BLOCK=BLOCK)
+def sum_from_end(x: Tensor) -> Tensor:
+    """The adjoint of `running_sum`: sums of x [..., T] float32 from the end."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    launch(_sum_from_end, (x.numel() // x.shape[-1], 1), x, out, x.shape[-1], CHUNK=CHUNK)
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -219,6 +219,29 @@ def head_obstacle(q: Tensor) -> str | None:
     if _interpreted() and q.dtype != torch.float32:
         return "Triton's interpreter computes bfloat16 wrongly"
     return None
+
+
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -> None:
+    """kernel[grid](*arguments, **static), where a call like an earlier one skips Triton's own look at its many arguments,
+    which takes longer than a small kernel runs. static: compile-time arguments by name and options of the launch.
+    """
+    if _interpreted():
+        kernel[grid](*arguments, **static)
+        return
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
+    key = (kernel, tensors[0].device.index, kinds, tuple(static.items()))
+    known = _compiled.get(key)
+    if any(tensor.data_ptr() % 16 for tensor in tensors):  # compiled for another alignment than the common one
+        kernel[grid](*arguments, **static)
+    elif known is None:
+        compiled = kernel[grid](*arguments, **static)
+        _compiled[key] = compiled, tuple(static[name] for name in kernel.arg_names[len(arguments) :])
+    else:
+        known[0][(*grid, 1)](*arguments, *known[1])
 
 
 class Site(NamedTuple):

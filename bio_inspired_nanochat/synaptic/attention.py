@@ -22,6 +22,7 @@ from bio_inspired_nanochat.kernels import (
     num_ticks,
     presyn,
     presyn_bias,
+    running_sum,
     tick_biased_attention,
     tick_drive,
 )
@@ -67,7 +68,7 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
             drive = self._drive(q, k, theta, window=self.window, doc=extras.doc)
             beta, _ = presyn(drive, params, closed=tokens // self.tick, causal=True, backend=self.parts, **extras._asdict())
         if self.cfg.barrier != "none":
-            total = self.synapse.barrier_total(x) if self.cfg.barrier == "gated" else None
+            total = running_sum(self.synapse.barrier_cost(x)) if self.cfg.barrier == "gated" else None
             first = torch.arange(0, tokens, self.tick, device=x.device)[None]
             barrier = self.synapse.barrier_bias(total, first, tokens)
             beta = barrier if beta is None else beta + barrier
@@ -82,13 +83,13 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         return fused_obstacle(q, theta, params, extras.noise)
 
     def _fused(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, params: PresynParams, extras: Extras) -> Tensor:
-        synapse, barrier, strength = self.synapse, None, None
+        cost = strength = None
         if self.cfg.barrier != "none":
-            barrier, strength = synapse.barrier_total(x), synapse.strength()
+            cost, strength = self.synapse.barrier_cost(x), self.synapse.strength()
         largest = 1.01 * QK_SCALE**2 * self.head_dim * self.scale  # QK norm, and a little for rounding
         return fused_attention(
             *(q, k, v, theta, params, self.scale, largest),
-            barrier=barrier,
+            cost=cost,
             strength=strength,
             window=self.window,
             doc=extras.doc,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
-from bio_inspired_nanochat.kernels import PresynParams, ReleaseSampler, running_sum
+from bio_inspired_nanochat.kernels import PresynParams, ReleaseSampler
 from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic.genome import Proteins, Xi
 
@@ -165,17 +165,14 @@ class Presynaptic(nn.Module):
         return raw + (raw.clamp(min=0) - raw).detach()
 
     def barrier_cost(self, x: Tensor) -> Tensor:
-        """Cost -log f of the forgetting gate f = sigmoid(w_h . x + b) at each token: x [B, T, n_embd] to [B, H, T] float."""
+        """What the barrier charges for each token, x [B, T, n_embd] to [B, H, T] float: -log f of the forgetting gate
+        f = sigmoid(w_h . x + b), or the slope of the linear barrier.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.cfg.barrier == "linear":
+            return self._slopes(x.device).to(dtype)[:, None].expand(x.shape[0], -1, x.shape[1])
         gate = F.linear(x, self.gate_weight.to(x.dtype)).to(dtype) + self.gate_bias.to(dtype)
         return F.softplus(-gate.transpose(1, 2).contiguous())
-
-    def barrier_total(self, x: Tensor) -> Tensor:
-        """Running sum L of the barrier's costs, [B, H, T] float64: of the gate, or of the slope per token (linear)."""
-        if self.cfg.barrier == "gated":
-            return running_sum(self.barrier_cost(x))
-        position = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
-        return (self._slopes(x.device).to(torch.float64)[:, None] * position).expand(x.shape[0], -1, -1)
 
     def _slopes(self, device: torch.device) -> Tensor:
         """Slopes of the linear barrier per head, [H], spread geometrically (Press et al. 2022)."""

@@ -33,10 +33,10 @@ def run(exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, barrier=Tr
     q, k = (F.rms_norm(side, (dim,)) * 1.2 for side in (q, k))
     cost, weight = torch.rand(2, heads, length) * 0.3, torch.randn(2, heads, length, dim).to(device)
     q, k, v = (value.to(device, dtype).to(torch.float64 if exact else dtype).requires_grad_() for value in (q, k, v))
-    cost = cost.to(device).double().requires_grad_()
+    cost = cost.to(device).to(torch.float64 if exact else torch.float32).requires_grad_()
     strength = torch.linspace(0.5, 1.5, heads, device=device).requires_grad_()
     scale, params, theta, total = dim**-0.5, module.params(), module.theta_value(), cost.cumsum(-1)
-    gate = {"barrier": total, "strength": strength} if barrier else {}
+    gate = {"cost": cost, "strength": strength} if barrier else {}
     doc = (torch.rand(2, length) < 0.1).cumsum(1).to(device) if options.get("docs") else None
     where = {"window": options.get("window"), "doc": doc}
     noise = ReleaseNoise.of(torch.arange(2, device=device), 5).at(3, 0) if params.sampler is not None else None
