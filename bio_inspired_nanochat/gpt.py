@@ -182,8 +182,10 @@ class GPT(nn.Module):
             idx = torch.zeros(1, 16 * self.config.syn_cfg.tick, dtype=torch.long, device=self.embed.weight.device)
             with torch.no_grad():
                 self.run(idx, idx, noise_seed=0)
+        # a block has many small parameters, whose values are put together in one kernel
+        options = {"max_pointwise_cat_inputs": 64} if backend == "inductor" else None
         for block in self.blocks:
-            block.compile(dynamic=False, backend=backend)
+            block.compile(dynamic=False, backend=backend, options=options)
         self._loss = torch.compile(self._loss, dynamic=False, backend=backend)
         self.compiled = True
         return self

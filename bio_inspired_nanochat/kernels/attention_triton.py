@@ -226,13 +226,13 @@ def _backward_keys(
 
 @triton.jit
 def _query_tiles(
-    gq, low, high, q, gy, stat, delta, hot, place, theta, scale,
+    gq, total, low, high, q, gy, stat, delta, hot, place, theta, scale,
     k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, gplane_ptr, doc_ptr,
     batch, source, tick, base, q_start, end, keys, docs, window, ticks,
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys [low, high) to dq."""
+    """Add the keys [low, high) to dq, and with ROWS their gradients of the logits to `total` [M]."""
     column = tl.arange(0, 16)[None, :]
     upper = delta.to(q.dtype).to(tl.float32)
     parts = tl.where(column == 0, -upper[:, None], tl.where(column == 1, (upper - delta)[:, None], 0.0)).to(q.dtype)
@@ -252,6 +252,8 @@ def _query_tiles(
         g *= tl.dot(parts, ones, tl.dot(gy, tl.trans(v), input_precision=PRECISION), input_precision=PRECISION)
         if MASKED:
             g = tl.where(allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True), g, 0.0)
+        if ROWS:
+            total += tl.sum(g, 1)
         if KIND >= 0:
             planes = load_planes(gplane_ptr, tick, base, key, ticks, keys, C, M, P, R, MASKED)
             driven = drive_slope(x, scale, theta, KIND) * tl.dot(hot, planes, input_precision=PRECISION)
@@ -261,7 +263,7 @@ def _query_tiles(
                 )
             g += driven
         gq = tl.dot(g.to(k.dtype), k, gq, input_precision=PRECISION)
-    return gq
+    return gq, total
 
 
 @triton.jit
@@ -275,9 +277,9 @@ def drive_slope(x, scale, theta, KIND: tl.constexpr):
 @triton.jit
 def _backward_queries(
     q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, gplane_ptr, theta_ptr, doc_ptr,
-    stat_ptr, delta_ptr, gq_ptr, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
+    stat_ptr, delta_ptr, gq_ptr, total_ptr, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, with KIND >= 0 that of the drive too (gplane: its gradient); the longest tiles come first."""
     row = first + tl.program_id(1).to(tl.int64)
@@ -293,7 +295,7 @@ def _backward_queries(
     delta = tl.load(delta_ptr + row * queries + query, mask=real, other=0.0)
     theta = tl.load(theta_ptr + head) if KIND >= 0 else 0.0
     hot = one_hot(M, C, R).to(q.dtype)
-    gq = tl.zeros([M, D], tl.float32)
+    gq, total = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
     low = 0
     if WINDOW:
         low = tl.maximum(base + start - window + 1, 0) // K * K
@@ -302,16 +304,18 @@ def _backward_queries(
     plain = low
     if EXACT:
         plain = start // K * K
-        gq = _query_tiles(
-            gq, low, plain, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
+        gq, total = _query_tiles(
+            gq, total, low, plain, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
             plane_ptr + local, gplane_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
-            C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, False,
+            C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, ROWS, PRECISION, False,
         )  # fmt: skip
-    gq = _query_tiles(
-        gq, plain, high, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
+    gq, total = _query_tiles(
+        gq, total, plain, high, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
         plane_ptr + local, gplane_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
-        C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, True,
+        C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, ROWS, PRECISION, True,
     )  # fmt: skip
+    if ROWS:
+        tl.store(total_ptr + row * queries + query, total, mask=real)
     tl.store(rows(gq_ptr, batch, head, q_b, q_h, q_t, query, D), gq * scale, mask=real[:, None])
 
 
@@ -347,15 +351,18 @@ def backward_keys(
 
 def backward_queries(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, stat: Tensor, delta: Tensor, site: Site,
-    gq: Tensor, gplanes: Tensor | None = None, theta: Tensor | None = None, kind: int = -1,
+    gq: Tensor, gplanes: Tensor | None = None, theta: Tensor | None = None, kind: int = -1, total: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill gq; with gplanes, the drive's gradient as planes, also the drive's part of it (theta and kind as in `tick_drive`)."""
+    """Fill gq; with gplanes, the drive's gradient as planes, also the drive's part of it (theta and kind as in `tick_drive`).
+
+    total [B, H, Tq]: to fill with the sums of the gradients of every query's logits, zero but for rounding.
+    """
     tile = tile_for("attention_queries", q, site.tick)
     launch(
         _backward_queries, site.query_grid(q, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes,
         *((planes, stat) if gplanes is None else (gplanes, theta)), site.mask(q), stat, delta,
-        gq, site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind,
+        gq, stat if total is None else total, site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind, ROWS=total is not None,
     )  # fmt: skip
 
 

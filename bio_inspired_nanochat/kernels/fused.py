@@ -20,7 +20,7 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels import attention_triton, drive_triton
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Kernels, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Kernels, Spec, constants_of, kernels_for, signature_of, states_of
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
 from bio_inspired_nanochat.kernels.scan_triton import running_sum, sum_from_end
@@ -57,7 +57,7 @@ def attention(
     kind: str = "phi",
 ) -> Tensor:
     """See `kernels.fused_attention`."""
-    rest = states_of(PresynState.rest(1, q.shape[1], 1, device=q.device, params=p))
+    rest = states_of(PresynState.rest(1, 1, 1, params=p))
     noisy = noise is not None and p.sampler is not None
     signature = signature_of(p, list(rest), ["bias"], noisy, "layer")
     if not torch.compiler.is_compiling():
@@ -65,8 +65,8 @@ def attention(
     bounded = largest is not None and 0 < p.beta_max <= LARGEST_LOGIT - largest
     limit = (largest + p.beta_max) / math.log(2) if bounded else None
     drawn = noise_tensors(noise, q) if noisy else (None, None, None)
-    constants, start = torch.stack(list(constants_of(p).values())), torch.stack(list(rest.values())).flatten(1)
-    return fused_op(q, k, v, theta, constants, start, cost, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
+    constants = torch.stack(list(constants_of(p).values()))
+    return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
 
 
 class _Layer(NamedTuple):
@@ -77,7 +77,6 @@ class _Layer(NamedTuple):
     v: Tensor
     theta: Tensor
     constants: Tensor
-    start: Tensor
     barrier: Tensor | None
     strength: Tensor | None
     doc: Tensor | None
@@ -88,8 +87,8 @@ class _Layer(NamedTuple):
     kind: int
 
     @classmethod
-    def of(cls, q, k, v, theta, constants, start, cost, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
-        plain = (theta.contiguous(), constants.contiguous(), start.contiguous())
+    def of(cls, q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
+        plain = (theta.contiguous(), constants.contiguous())
         gate = (None, None) if cost is None else (running_sum(cost), strength.contiguous())
         noise = () if key is None else (key, first, layer)
         return cls(
@@ -112,17 +111,28 @@ class _Layer(NamedTuple):
         """Room for the states of the ticks between two stored ones, where registers have none."""
         return check.new_empty(self.every if self.kernels.spec.unroll == 1 else 0, *check.shape[1:])
 
-    def sites(self) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
-        """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks."""
+    def kept(self) -> Tensor:
+        """Room for the drive of all pairs, or nothing where it would take more memory than q, k, v and y."""
+        batch, heads, _, dim = self.q.shape
+        return self.buffer(batch * heads if self.ticks <= 4 * dim else 0, dtype=self.q.dtype)
+
+    def sites(self, kept: Tensor, known: bool) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
+        """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks.
+
+        kept: see there; known: it holds the drive already.
+        """
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
         most = min(pairs, max(1, WORKSPACE // (self.ticks * keys)))
         spec = self.kernels.spec
-        drive, planes = self.buffer(most), self.buffer(most, planes_of(self.q.dtype), dtype=self.q.dtype)
-        check = drive.new_empty(-(-self.ticks // self.every), len(spec.states), most, keys)
+        planes = self.buffer(most, planes_of(self.q.dtype), dtype=self.q.dtype)
+        spare = None if len(kept) else self.buffer(most, dtype=self.q.dtype)
+        check = torch.empty(-(-self.ticks // self.every), len(spec.states), most, keys, device=self.q.device)
         for first in range(0, pairs, most):
             site = Site(spec.tick, self.scale, 0, self.window, self.doc, first, min(most, pairs - first))
-            drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
-            self._launch(self.kernels.forward, site, drive, self.constants, self.start, planes, check, *self._gate(), 1 / self.scale)
+            drive = kept[first : first + site.count] if spare is None else spare
+            if spare is not None or not known:
+                drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
+            self._launch(self.kernels.forward, site, drive, self.constants, planes, check, *self._gate(), 1 / self.scale)
             yield site, drive, planes, check
 
     def _gate(self) -> tuple[Tensor, Tensor]:
@@ -142,16 +152,19 @@ class _Layer(NamedTuple):
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention", mutates_args=())
 def fused_op(
-    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, cost: Tensor | None, strength: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, cost: Tensor | None, strength: Tensor | None,
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
     signature: str, scale: float, limit: float | None, window: int | None, kind: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, laid out [B, T, H, D] in memory, and the statistic of every query's logits [B, H, T] (`kernels.attention_triton`)."""
-    it = _Layer.of(q, k, v, theta, constants, start, cost, strength, doc, key, first, layer, signature, scale, window, kind)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, laid out [B, T, H, D] in memory, the statistic of every query's logits [B, H, T] (`kernels.attention_triton`), and the
+    drive [B * H, N, T] if it is kept, else nothing.
+    """
+    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     y, stat = _outputs(q)
-    for site, _, planes, _ in it.sites():
+    kept = it.kept()
+    for site, _, planes, _ in it.sites(kept, known=False):
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, limit, site, y, stat)
-    return y, stat
+    return y, stat, kept
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,19 +173,21 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @fused_op.register_fake
-def _(q, *rest):
-    return _outputs(q)
+def _(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, limit, window, kind):
+    ticks = num_ticks(0, q.shape[2], Spec.parse(signature).tick)
+    pairs = q.shape[0] * q.shape[1] if ticks <= 4 * q.shape[3] else 0
+    return *_outputs(q), q.new_empty(pairs, ticks, q.shape[2])
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention_adjoint", mutates_args=())
 def fused_adjoint(
-    grad: Tensor, y: Tensor, stat: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, start: Tensor, cost: Tensor | None, strength: Tensor | None,
+    grad: Tensor, y: Tensor, stat: Tensor, kept: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, cost: Tensor | None, strength: Tensor | None,
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
     signature: str, scale: float, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, theta, constants, cost and strength (the last two empty without a barrier)."""
-    it = _Layer.of(q, k, v, theta, constants, start, cost, strength, doc, key, first, layer, signature, scale, window, kind)
+    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape
     delta, side = attention_triton.row_products(grad, y, stat, scale)
@@ -180,24 +195,27 @@ def fused_adjoint(
     gtheta, blocks = torch.zeros_like(it.theta), -(-tokens // BLOCK)
     gbarrier = delta.new_empty(batch, heads, tokens if cost is not None else 0)
     gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
+    rows = None if cost is None else torch.empty_like(delta)
     gbeta = scratch = None
-    for site, drive, planes, check in it.sites():
-        gbeta = torch.empty_like(drive) if gbeta is None else gbeta
+    for site, drive, planes, check in it.sites(kept, known=True):
+        gbeta = it.buffer(planes.shape[0]) if gbeta is None else gbeta
         scratch = it.scratch(check) if scratch is None else scratch
         attention_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
         gplanes = torch.empty_like(planes)
         it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
         gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)
-        attention_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind)
+        attention_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind, rows)
     gconstants = torch.empty_like(it.constants)
     launch(it.kernels.finish, (heads, 1), it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
     gk, gv = attention_triton.sum_groups(gk, k), attention_triton.sum_groups(gv, v)
-    gate = (gbarrier, gstrength.new_empty(0)) if cost is None else (sum_from_end(gbarrier), gstrength.sum((0, 2)))
+    gate = (gbarrier, gstrength.new_empty(0))
+    if cost is not None:  # the sums of a query's row are zero in exact arithmetic; here they cancel the rounding of all later ones
+        gate = (sum_from_end(torch.addcmul(gbarrier, it.strength[:, None], rows, value=-1)), gstrength.sum((0, 2)))
     return gq, gk, gv, gtheta, gconstants, *gate
 
 
 @fused_adjoint.register_fake
-def _(grad, y, stat, q, k, v, theta, constants, start, cost, *rest):
+def _(grad, y, stat, kept, q, k, v, theta, constants, cost, *rest):
     q, k, v = dense(q), dense(k), dense(v)
     gk, gv = (attention_triton.sum_groups(attention_triton.key_gradients(q, x), x) for x in (k, v))
     gcost = theta.new_empty(*q.shape[:2], 0 if cost is None else q.shape[2])
@@ -210,11 +228,11 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, grad, _):
-    *tensors, y, stat = ctx.saved_tensors
-    *grads, gcost, gstrength = fused_adjoint(grad, y, stat, *tensors, ctx.signature, ctx.scale, ctx.window, ctx.kind)
-    gate = (None, None) if tensors[6] is None else (gcost, gstrength)
-    return *grads, None, *gate, *[None] * 9
+def _backward(ctx, grad, *_):
+    *tensors, y, stat, kept = ctx.saved_tensors
+    *grads, gcost, gstrength = fused_adjoint(grad, y, stat, kept, *tensors, ctx.signature, ctx.scale, ctx.window, ctx.kind)
+    gate = (None, None) if tensors[5] is None else (gcost, gstrength)
+    return *grads, *gate, *[None] * 9
 
 
 fused_op.register_autograd(_backward, setup_context=_setup)

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from bio_inspired_nanochat.kernels import codegen
 from bio_inspired_nanochat.kernels.noise import ReleaseSampler, normal_probability
 from bio_inspired_nanochat.kernels.terminal import activity, release_logit, terminal_bias, terminal_step
-from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
+from bio_inspired_nanochat.kernels.types import FULL_AT_REST, PresynParams, PresynState
 
 WARPS = 4
 BLOCK = 32 * WARPS  # one key per thread: a value that a thread stores is loaded by the same thread
@@ -425,7 +425,7 @@ def _layer_lines(tick: Tick) -> list[str]:
     ]  # fmt: skip
 
     def load(name: str, source: str, n: str) -> str:
-        return f"{name} = tl.load({source}_ptr + along + ({n}) * keys, mask=live & (still + ({n}) < ticks) & (offset < ({n} + 1) * {spec.tick}), other=0.0)"
+        return f"{name} = tl.load({source}_ptr + along + ({n}) * keys, mask=live & (still + ({n}) < ticks) & (offset < ({n} + 1) * {spec.tick}), other=0.0).to(tl.float32)"
 
     def turn(lines: Callable[[str, int], list[str]], ahead: bool) -> list[str]:
         order = range(unroll) if ahead else reversed(range(unroll))
@@ -454,7 +454,7 @@ def _layer_lines(tick: Tick) -> list[str]:
     cotangents = [load(f"c0_{u}", "gbeta", f"n + {u}") for u in range(unroll)]
     forward = [
         *head,
-        *(f"s{i} = tl.load(start_ptr + {i} * heads + head) + tl.zeros([BLOCK], tl.float32)" for i in range(states)),
+        *(f"s{i} = tl.full([BLOCK], {float(name in FULL_AT_REST)}, tl.float32)" for i, name in enumerate(spec.states)),
         *keep.first("born", drives),
         "for part in range(born, parts):",
         *(f"    tl.store(check_ptr + (part * {states} + {i}) * size + at, s{i}, mask=live)" for i in range(states)),
@@ -478,7 +478,7 @@ def _layer_lines(tick: Tick) -> list[str]:
     common = f"first, pairs, ticks, keys, heads, every{_random(spec)}, BARRIER: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr"
     return [
         *codegen.kernel_text(
-            "forward", f"drive_ptr, constant_ptr, start_ptr, plane_ptr, check_ptr, barrier_ptr, strength_ptr, inverse, {common}", forward
+            "forward", f"drive_ptr, constant_ptr, plane_ptr, check_ptr, barrier_ptr, strength_ptr, inverse, {common}", forward
         ),
         *codegen.kernel_text(
             "backward",

@@ -83,6 +83,10 @@ class PresynParams(NamedTuple):
         return all(part is None for part in parts)
 
 
+# Parts of a state that are full (1) in a terminal at rest; the others are empty (0).
+FULL_AT_REST = frozenset({"vesicles", "clamp", "primed", "reserve", "energy"})
+
+
 class PresynState(NamedTuple):
     """State of every terminal (one per batch row, query head and key) at the start of the open tick: [B, H, Tk] float32.
 
@@ -115,26 +119,14 @@ class PresynState(NamedTuple):
 
         params: says which optional parts exist (None: the core alone).
         """
-        zeros = torch.zeros(shape, device=device, dtype=dtype)
-        core = cls(zeros, torch.ones_like(zeros), torch.zeros_like(zeros))
-        if params is None:
-            return core
-        full, empty = (
-            (lambda part: None if part is None else torch.ones_like(zeros)),
-            (lambda part: None if part is None else zeros.clone()),
-        )
-        return core._replace(
-            buffer=empty(params.tau_buf),
-            clamp=full(params.tau_clamp),
-            primed=full(params.tau_prime),
-            spent=empty(params.tau_prime),
-            reserve=full(params.reserve_size),
-            ring=zeros.new_zeros(*shape, params.endo_slots) if params.endo_slots else None,
-            early=empty(params.tau_rab5),
-            late=empty(params.tau_rab5),
-            resynthesis=empty(params.reserve_size),
-            energy=full(params.tau_energy),
-        )
+        parts = {"buffer": "tau_buf", "clamp": "tau_clamp", "primed": "tau_prime", "spent": "tau_prime", "reserve": "reserve_size"}
+        parts |= {"early": "tau_rab5", "late": "tau_rab5", "resynthesis": "reserve_size", "energy": "tau_energy"}
+        names = ["calcium", "vesicles", "open_drive"]
+        names += [name for name, constant in parts.items() if params is not None and getattr(params, constant) is not None]
+        state = cls(**{name: torch.full(shape, float(name in FULL_AT_REST), device=device, dtype=dtype) for name in names})
+        if params is None or not params.endo_slots:
+            return state
+        return state._replace(ring=torch.zeros(*shape, params.endo_slots, device=device, dtype=dtype))
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that exist, by name."""

@@ -112,9 +112,10 @@ class Presynaptic(nn.Module):
     def _values(self) -> dict[str, Tensor]:
         """Every kinetic constant [H] but theta, in its own unit and inside its stable range; differentiable."""
         raw, effects = self._raw()
+        factors = F.softplus(torch.stack([raw[name] for name in self.positive])).unbind()  # together: a GPU step has few kernels
         values = {}
-        for name in self.positive:
-            values[name] = getattr(self.cfg, name) * F.softplus(raw[name])
+        for name, factor in zip(self.positive, factors, strict=True):
+            values[name] = getattr(self.cfg, name) * factor
             if name in effects:
                 values[name] = values[name] * torch.exp(effects[name])
         shift = {name: raw[name] + effects.get(name, 0.0) for name in self.shifted}

@@ -52,7 +52,7 @@ def tiled(dim: int):
     launches = {
         attention._forward: ("attention", {"BOUNDED": True, "BARRIER": True}),
         attention._backward_keys: ("attention_keys", {"NB": 16, "STATS": 3, "FILL": False}),
-        attention._backward_queries: ("attention_queries", {"KIND": 0}),
+        attention._backward_queries: ("attention_queries", {"KIND": 0, "ROWS": True}),
         drive._forward: ("drive", {"NB": 16, "FILL": False, "KIND": 0}),
         drive._backward_keys: ("drive_keys", {"ADD": True, "KIND": 0}),
         drive._backward_queries: ("drive_queries", {"KIND": 0}),
