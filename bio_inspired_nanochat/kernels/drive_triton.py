@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bio_inspired_nanochat.kernels.attention_triton import drive_slope, key_gradients, sum_groups
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.tiles import (
     FEWEST,
     Site,
     allowed,
     dense,
+    drive_slope,
     fill_zeros,
+    key_gradients,
     key_span,
     launch,
     load_planes,
@@ -29,6 +30,7 @@ from bio_inspired_nanochat.kernels.tiles import (
     saturate,
     store_ticks,
     strides,
+    sum_groups,
     tile_for,
     to_planes,
 )
@@ -273,8 +275,20 @@ def tick_drive_adjoint(
     gtheta = backward_keys(q, k, theta, KINDS[kind], planes, site, gk, add=False)
     tile = tile_for("drive_queries", q, tick)
     launch(
-        _backward_queries, site.query_grid(q, tile),
-        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gq, scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=KINDS[kind]
+        _backward_queries,
+        site.query_grid(q, tile),
+        q,
+        *strides(q),
+        k,
+        *strides(k),
+        theta,
+        planes,
+        site.mask(q),
+        gq,
+        scale,
+        *site.sizes(q, k),
+        **site.static(q, k, tile),
+        KIND=KINDS[kind],
     )
     return gq, sum_groups(gk, k), gtheta
 

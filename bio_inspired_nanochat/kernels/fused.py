@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.kernels import attention_triton, drive_triton
+from bio_inspired_nanochat.kernels import attention_adjoint_triton, attention_triton, drive_triton
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Kernels, Spec, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_kernels import Kernels, kernels_for
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
 from bio_inspired_nanochat.kernels.scan_triton import running_sum, sum_from_end
-from bio_inspired_nanochat.kernels.tiles import Site, dense, launch, planes_of
+from bio_inspired_nanochat.kernels.tiles import Site, dense, key_gradients, launch, planes_of, sum_groups
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 # Largest |logit| + beta_max whose exponentials and their sums stay well inside float32 without a running maximum.
@@ -190,8 +191,8 @@ def fused_adjoint(
     it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape
-    delta, side = attention_triton.row_products(grad, y, stat, scale)
-    gq, gk, gv = torch.empty_like(q), attention_triton.key_gradients(q, k), attention_triton.key_gradients(q, v)
+    delta, side = attention_adjoint_triton.row_products(grad, y, stat, scale)
+    gq, gk, gv = torch.empty_like(q), key_gradients(q, k), key_gradients(q, v)
     gtheta, blocks = torch.zeros_like(it.theta), -(-tokens // BLOCK)
     gbarrier = delta.new_empty(batch, heads, tokens if cost is not None else 0)
     gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
@@ -200,14 +201,14 @@ def fused_adjoint(
     for site, drive, planes, check in it.sites(kept, known=True):
         gbeta = it.buffer(planes.shape[0]) if gbeta is None else gbeta
         scratch = it.scratch(check) if scratch is None else scratch
-        attention_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
+        attention_adjoint_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
         gplanes = torch.empty_like(planes)
         it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
         gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)
-        attention_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind, rows)
+        attention_adjoint_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind, rows)
     gconstants = torch.empty_like(it.constants)
     launch(it.kernels.finish, (heads, 1), it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
-    gk, gv = attention_triton.sum_groups(gk, k), attention_triton.sum_groups(gv, v)
+    gk, gv = sum_groups(gk, k), sum_groups(gv, v)
     gate = (gbarrier, gstrength.new_empty(0))
     if cost is not None:  # the sums of a query's row are zero in exact arithmetic; here they cancel the rounding of all later ones
         gate = (sum_from_end(torch.addcmul(gbarrier, it.strength[:, None], rows, value=-1)), gstrength.sum((0, 2)))
@@ -217,7 +218,7 @@ def fused_adjoint(
 @fused_adjoint.register_fake
 def _(grad, y, stat, kept, q, k, v, theta, constants, cost, *rest):
     q, k, v = dense(q), dense(k), dense(v)
-    gk, gv = (attention_triton.sum_groups(attention_triton.key_gradients(q, x), x) for x in (k, v))
+    gk, gv = (sum_groups(key_gradients(q, x), x) for x in (k, v))
     gcost = theta.new_empty(*q.shape[:2], 0 if cost is None else q.shape[2])
     plain = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (theta, constants))
     return torch.empty_like(q), gk, gv, *plain, gcost, theta.new_empty(0 if cost is None else len(theta))

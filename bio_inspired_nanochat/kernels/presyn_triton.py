@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, kernels_for, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_kernels import kernels_for
 from bio_inspired_nanochat.kernels.tiles import launch
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
@@ -35,8 +36,7 @@ def _run(signature: str, drive: Tensor, constants: Tensor, start: Tensor, noise:
     check = drive.new_empty(-(-ticks // every), states, batch, heads, keys)
     grid = (batch * heads, -(-keys // BLOCK))
     launch(
-        kernels.forward, grid,
-        drive, constants.contiguous(), start, out, final, check, ticks, keys, heads, size, every, *noise, **LAUNCH
+        kernels.forward, grid, drive, constants.contiguous(), start, out, final, check, ticks, keys, heads, size, every, *noise, **LAUNCH
     )
     return out, final, check
 

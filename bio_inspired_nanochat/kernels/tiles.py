@@ -65,7 +65,17 @@ def saturate(x, factor, summand):
 
 
 @triton.jit
-def allowed(place, key, queries_end, q_start, keys, doc_ptr, batch, docs, window, WINDOW: tl.constexpr, DOC: tl.constexpr, DIAGONAL: tl.constexpr):
+def drive_slope(x, scale, theta, KIND: tl.constexpr):
+    """Derivative of phi (KIND 0) or softplus (1) at the logit x * scale - theta."""
+    if KIND == 0:
+        return saturate(x, 0.5 * scale, 0.5 - 0.5 * theta)
+    return 1.0 / (1.0 + tl.exp(theta - x * scale))
+
+
+@triton.jit
+def allowed(
+    place, key, queries_end, q_start, keys, doc_ptr, batch, docs, window, WINDOW: tl.constexpr, DOC: tl.constexpr, DIAGONAL: tl.constexpr
+):
     """Mask of the pairs of a tile, `kernels.masks.allowed`; place and key are positions in shapes that broadcast."""
     distance = place - key
     seen = (place >= q_start) & (place < queries_end) & (key < keys) & (distance >= 0 if DIAGONAL else distance > 0)
@@ -203,6 +213,18 @@ def to_planes(x: Tensor, dtype: torch.dtype) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """x [B, H, T, D] in one of the two layouts that the kernels write their gradients in: heads before tokens or after."""
     return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
+def key_gradients(q: Tensor, k: Tensor) -> Tensor:
+    """Room for a gradient of k or v per query head; in float32 where heads share keys and are summed afterwards."""
+    if q.shape[1] == k.shape[1]:
+        return torch.empty_like(k)
+    return k.new_empty(q.shape[0], q.shape[1], *k.shape[2:], dtype=torch.float32)
+
+
+def sum_groups(grad: Tensor, k: Tensor) -> Tensor:
+    """Gradient per key head of `key_gradients`."""
+    return grad if grad.shape[1] == k.shape[1] else grad.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

@@ -14,7 +14,15 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 SHARED_LIMIT = 99 * 1024  # of an Ada card (sm_89); data-centre cards have more
 HALF = {"q_ptr", "k_ptr", "v_ptr", "gy_ptr", "y_ptr", "gq_ptr", "gk_ptr", "gv_ptr", "plane_ptr", "gplane_ptr", "side_ptr"}
-ALIGNED = {"queries", "keys", "size", "ticks", "q_start", "first", *(f"{x}_{axis}" for x in ("q", "k", "v", "y", "gy", "gk", "gv") for axis in "bht")}
+ALIGNED = {
+    "queries",
+    "keys",
+    "size",
+    "ticks",
+    "q_start",
+    "first",
+    *(f"{x}_{axis}" for x in ("q", "k", "v", "y", "gy", "gk", "gv") for axis in "bht"),
+}
 REALS = {"scale", "limit", "inverse"}
 WHOLE = {"doc_ptr": "*i64", "key_ptr": "*i64", "first_ptr": "*i64", "layer_ptr": "*i64"}
 
@@ -41,8 +49,9 @@ def compiled(kernel, capability: int, constants: dict, tile):
     return triton.compile(ASTSource(kernel, signature, fixed, aligned), target=target, options=options)
 
 
-def tiled(dim: int):
-    """Every tiled kernel with its compile-time arguments and its tile, as in training with c = 8."""
+def tiled(dim: int, masked: bool):
+    """Every tiled kernel with its compile-time arguments and its tile, as in training with c = 8, with or without masks."""
+    from bio_inspired_nanochat.kernels import attention_adjoint_triton as adjoint
     from bio_inspired_nanochat.kernels import attention_triton as attention
     from bio_inspired_nanochat.kernels import drive_triton as drive
     from bio_inspired_nanochat.kernels import tiles
@@ -51,17 +60,17 @@ def tiled(dim: int):
     site = tiles.Site(8, dim**-0.5, 0, None, None, 0, 1)
     launches = {
         attention._forward: ("attention", {"BOUNDED": True, "BARRIER": True}),
-        attention._backward_keys: ("attention_keys", {"NB": 16, "STATS": 3, "FILL": False}),
-        attention._backward_queries: ("attention_queries", {"KIND": 0, "ROWS": True}),
+        adjoint._backward_keys: ("attention_keys", {"NB": 16, "STATS": 3, "FILL": False}),
+        adjoint._backward_queries: ("attention_queries", {"KIND": 0, "ROWS": True}),
         drive._forward: ("drive", {"NB": 16, "FILL": False, "KIND": 0}),
         drive._backward_keys: ("drive_keys", {"ADD": True, "KIND": 0}),
         drive._backward_queries: ("drive_queries", {"KIND": 0}),
     }
     for kernel, (name, own) in launches.items():
         tile = tiles.tile_for(name, q, 8)
-        for masks in ({}, {"WINDOW": True, "DOC": True, "EXACT": False}):
-            yield kernel, {**site.static(q, q, tile), **own, **masks}, tile
-    yield attention._row_products, {"D": dim, "M": 64, "STATS": 3, "P": 2}, tiles.Tile(64, 64, 4, 3)
+        masks = {"WINDOW": True, "DOC": True, "EXACT": False} if masked else {}
+        yield kernel, {**site.static(q, q, tile), **own, **masks}, tile
+    yield adjoint._row_products, {"D": dim, "M": 64, "STATS": 3, "P": 2}, tiles.Tile(64, 64, 4, 3)
 
 
 def params_of(preset: str):
@@ -70,10 +79,9 @@ def params_of(preset: str):
     return module.params()
 
 
-@pytest.mark.parametrize("capability", [89, 90])
-@pytest.mark.parametrize("dim", [64, 128])
-def test_tiled_kernels_fit(capability, dim):
-    for kernel, constants, tile in tiled(dim):
+@pytest.mark.parametrize("capability, dim, masked", [(89, 128, True), (89, 64, False), (90, 128, False)])
+def test_tiled_kernels_fit(capability, dim, masked):
+    for kernel, constants, tile in tiled(dim, masked):
         constants = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
         binary = compiled(kernel, capability, constants, tile)
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT, f"{kernel.fn.__name__}: {binary.metadata.shared} bytes"
@@ -81,12 +89,12 @@ def test_tiled_kernels_fit(capability, dim):
 
 @pytest.mark.parametrize("preset, site", [("core", "layer"), ("full", "layer"), ("core", "young")])
 def test_generated_kernels_of_the_terminals_fit(preset, site):
-    from bio_inspired_nanochat.kernels import presyn_codegen, tiles
+    from bio_inspired_nanochat.kernels import presyn_codegen, presyn_kernels, tiles
 
     params = params_of(preset)
     names = list(presyn_codegen.states_of(PresynState.rest(1, 2, 4, params=params)))
     signature = presyn_codegen.signature_of(params, names, ["bias"], params.sampler is not None, site)
-    made = presyn_codegen.kernels_for(signature)
+    made = presyn_kernels.kernels_for(signature)
     constants = {"BLOCK": presyn_codegen.BLOCK, "BARRIER": True, "P": 2}
     for kernel in (made.forward, made.backward, made.finish):
         fixed = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
