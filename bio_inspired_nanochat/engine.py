@@ -18,11 +18,13 @@ from torch import Tensor
 
 from bio_inspired_nanochat.checkpoint import find_checkpoint, load_checkpoint
 from bio_inspired_nanochat.common import base_dir, compute_dtype, generator_for
+from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.tokenizer import Tokenizer
 
 Finish = Literal["", "stop", "length", "context"]
+WORTH_CAPTURING = 32  # new tokens: a capture takes as long as some ordinary steps
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,13 @@ class Generation:
     """
 
     def __init__(
-        self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop_ids: Collection[int]
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        graph: bool = True,
     ) -> None:
         self.finish: list[Finish] = ["" for _ in prompts]
         self._model = model
@@ -115,6 +123,8 @@ class Generation:
         self._generators = [generator_for(sampling.seed + i, "sample") for i in range(len(prompts))]
         self._rows = list(range(len(prompts)))  # prompts that are still running, in the order of the state's rows
         self._state: Any = None
+        self._graph = graph and next(model.parameters()).is_cuda
+        self._decoder: GraphDecoder | None = None
         self._logits: Tensor | None = None
         if max_new_tokens <= 0:
             self._end(list(self._rows), "length")
@@ -161,9 +171,21 @@ class Generation:
         self._logits = logits[torch.arange(len(lengths), device=logits.device), last]
 
     def _step(self, tokens: list[int]) -> None:
-        device = next(self._model.parameters()).device
+        idx = torch.tensor(tokens, device=next(self._model.parameters()).device)
         with torch.no_grad():
-            self._logits = self._model.step(torch.tensor(tokens, device=device)[:, None], self._state)[:, -1]
+            decoder = self._captured() if self._graph else None
+            self._logits = self._model.step(idx[:, None], self._state)[:, -1] if decoder is None else decoder.step(idx)
+
+    def _captured(self) -> GraphDecoder | None:
+        """The captured step of the rows that still run, where it serves this model and enough tokens are left for it."""
+        if self._decoder is not None and self._decoder.state is self._state:
+            return self._decoder
+        left = min(self._budget - self._made, self._context - min(len(self._prompts[row]) for row in self._rows) - self._made)
+        if left < WORTH_CAPTURING or graph_obstacle(self._model, self._state) is not None:
+            self._graph = False
+            return None
+        self._decoder = GraphDecoder(self._model, self._state) if self._decoder is None else self._decoder.follow(self._state)
+        return self._decoder
 
     def _end(self, rows: list[int], reason: Finish) -> None:
         """Mark rows as finished and drop them from the state, so that they cost nothing from here on."""
@@ -191,12 +213,13 @@ def generate_batch(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
+    graph: bool = True,
 ) -> Generation:
     """Continue several prompts at once. Row i draws from seed + i; an empty prompt becomes the BOS token alone.
 
-    The model should be in eval mode. Raises UserError for settings out of bounds and prompts that leave no room in the context.
+    graph: on CUDA, decode by a captured graph where one can serve (`decoding.GraphDecoder`). The model should be in eval mode. Raises UserError for settings out of bounds and prompts that leave no room in the context.
     """
-    return Generation(model, prompts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop_ids)
+    return Generation(model, prompts, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop_ids, graph)
 
 
 def generate(
@@ -208,9 +231,10 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
+    graph: bool = True,
 ) -> Iterator[int]:
     """Continue one prompt: an iterator over token ids. See `generate_batch`, whose row 0 it equals."""
-    for (token,) in generate_batch(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, stop_ids):
+    for (token,) in generate_batch(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, stop_ids, graph):
         if token is not None:
             yield token
 

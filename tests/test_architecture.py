@@ -22,6 +22,7 @@ LAYERS = [
     "synaptic",
     "checkpoint",
     "gpt",
+    "decoding",
     "nanochat_import",
     "injection",
     "structural",

@@ -29,6 +29,7 @@ from bio_inspired_nanochat.benchmarks.records import (
 from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Deadline, Mark, Spread, interleave, paired_ratio, warm_up
 from bio_inspired_nanochat.common import pick_device, progress, say, table
 from bio_inspired_nanochat.config import PRESETS, GPTConfig, SynapticConfig, knob, knobs_of, sizes_from_depth, validate
+from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import SynapseState
@@ -56,6 +57,7 @@ class BenchDecodeConfig:
     backend: str = knob("auto", "execution of the attention operators", choices=knobs_of(GPTConfig)["backend"].choices)
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
+    graph: str = knob("auto", "decode by a captured CUDA graph; auto: where it can serve both models", choices=("auto", "0", "1"))
     seconds: float = knob(
         120.0, "time limit; context 4096 comes first, and its first size is measured in any case", lo=0.0, hi=1e6, unit="seconds"
     )
@@ -74,29 +76,46 @@ class BenchDecodeConfig:
 
 
 class Decoding:
-    """A run reads a prompt into a fresh state, then decodes; the mark stands between. Every token is read by the host, as a reader does."""
+    """A run reads a prompt into an empty state, then decodes; the mark stands between. Every token is read by the host, as a reader does.
 
-    def __init__(self, model: GPT, prompt: Tensor, new_tokens: int) -> None:
-        self.model, self.prompt, self.new_tokens = model, prompt, new_tokens
+    graph: decode by a captured graph, which the first run makes and the others find; their states take the place of its own.
+    """
+
+    def __init__(self, model: GPT, prompt: Tensor, new_tokens: int, graph: bool) -> None:
+        self.model, self.prompt, self.new_tokens, self.graph = model, prompt, new_tokens, graph
         self.state: SynapseState | None = None
+        self.decoder: GraphDecoder | None = None
 
     def prepare(self) -> None:
         """An empty state."""
+        if self.decoder is not None:
+            self.decoder.state.copy_(self._empty())
+            return
         self.state = None  # the old one is freed before the new one is made
-        self.state = self.model.init_state(self.prompt.shape[0], self.prompt.shape[1] + self.new_tokens)
+        self.state = self._empty()
+        if self.graph:
+            self.decoder = GraphDecoder(self.model, self.state)
+
+    def _empty(self) -> SynapseState:
+        return self.model.init_state(self.prompt.shape[0], self.prompt.shape[1] + self.new_tokens)
 
     def run(self, mark: Mark) -> None:
         """Prompt, mark, new tokens."""
         assert self.state is not None
-        token = self._next(self.prompt, self.state)
+        token = _most_likely(self.model.step(self.prompt, self.state)[:, -1])
         mark()
         for _ in range(self.new_tokens):
             token = self._next(token, self.state)
 
-    def _next(self, idx: Tensor, state: SynapseState) -> Tensor:
-        token = self.model.step(idx, state)[:, -1:].argmax(-1)
-        token.tolist()
-        return token
+    def _next(self, ids: Tensor, state: SynapseState) -> Tensor:
+        return _most_likely(self.model.step(ids[:, None], state)[:, -1] if self.decoder is None else self.decoder.step(ids))
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """Token ids [B] of logits [B, V], read by the host."""
+    token = logits.argmax(-1)
+    token.tolist()
+    return token
 
 
 @dataclass
@@ -158,6 +177,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     sizes = [Measured(context, batch, new_tokens) for context in sorted(set(contexts)) for batch in sorted(set(batches))]
     headline = nearest_to(HEADLINE_CONTEXT, contexts)
     models = _models(config, device, dtype, max(contexts) + new_tokens)
+    graph = _graph(config.graph, models)
     deadline = Deadline(config.seconds)
     with progress(len(sizes), "measure", "sizes") as bar:
         for number, size in enumerate(sorted(sizes, key=lambda size: size.context != headline)):
@@ -165,7 +185,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
             if number and not seconds:
                 size.skipped = "no time left: raise --seconds"
             else:
-                _measure(size, models, seconds, config.seed)
+                _measure(size, models, seconds, config.seed, graph)
             say(_line(size))
             bar.advance()
             free_unused(device)
@@ -173,7 +193,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     say_skipped((f"context {size.context}, batch {size.batch}", size.skipped) for size in sizes if size.courses is None)
     model = models[1].config
     record = where | _headline(sizes) | {"depth": model.n_layer, "n_embd": model.n_embd, "head_dim": model.head_dim, "tick": tick}
-    record |= {"syn_preset": config.syn_preset, "backend": config.backend, "new_tokens": new_tokens}
+    record |= {"syn_preset": config.syn_preset, "backend": config.backend, "graph": graph, "new_tokens": new_tokens}
     record |= {"rows": [row for size in sizes for row in size.records()]}
     keep_record(config.json, record)
     return record
@@ -193,12 +213,25 @@ def _models(config: BenchDecodeConfig, device: torch.device, dtype: torch.dtype,
     return [GPT(one, seed=config.seed).to(device).set_compute_dtype(dtype).eval() for one in shapes]
 
 
-def _measure(size: Measured, models: Sequence[GPT], seconds: float, seed: int) -> None:
+def _graph(wanted: str, models: Sequence[GPT]) -> bool:
+    """Whether both models decode by captured graphs. Raises UserError when that is asked for and cannot be."""
+    if wanted == "0":
+        return False
+    obstacle = next(filter(None, (graph_obstacle(model, model.init_state(1, 1)) for model in models)), None)
+    if models[0].embed.weight.device.type != "cuda":
+        obstacle = "graphs are captured on CUDA only"
+    if obstacle and wanted == "1":
+        raise UserError(f"--graph=1 is not possible: {obstacle}; use --graph=auto")
+    say("decoding by " + (f"ordinary steps: {obstacle}" if obstacle else "captured graphs"))
+    return obstacle is None
+
+
+def _measure(size: Measured, models: Sequence[GPT], seconds: float, seed: int, graph: bool) -> None:
     """Fill in the courses of one context and batch, or the reason why there are none."""
     device = models[0].embed.weight.device
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(models[0].config.vocab_size, (size.batch, size.context), generator=generator).to(device)
-    works = [Decoding(model, prompt, size.new_tokens) for model in models]
+    works = [Decoding(model, prompt, size.new_tokens, graph) for model in models]
     competitors = {name: Competitor(work.run, work.prepare) for name, work in zip(_MODELS, works, strict=True)}
     try:
         for competitor in competitors.values():

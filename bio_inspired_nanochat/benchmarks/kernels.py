@@ -70,7 +70,7 @@ class BenchKernelsConfig:
         lo=1,
     )
     backends: tuple[str, ...] = knob(BACKENDS, "executions to measure; flash is what the others are compared with", choices=BACKENDS)
-    syn_preset: str = knob("core", "constants of the terminals", choices=tuple(PRESETS))
+    syn_preset: str = knob("default", "constants of the terminals and their barrier", choices=tuple(PRESETS))
     seconds: float = knob(
         300.0, "time limit; T=2048 with c=8 comes first, and its first size is measured in any case", lo=0.0, hi=1e6, unit="seconds"
     )

@@ -19,9 +19,10 @@ from torch import Tensor
 from bio_inspired_nanochat.benchmarks.timing import Competitor, Mark
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.kernels import PresynParams, fused_attention, num_ticks, presyn, tick_biased_attention, tick_drive
+from bio_inspired_nanochat.kernels import PresynParams, fused_attention, num_ticks, presyn, running_sum, tick_biased_attention, tick_drive
 from bio_inspired_nanochat.synaptic import Presynaptic
 from bio_inspired_nanochat.synaptic.layers import QK_SCALE, rms_norm
+from bio_inspired_nanochat.synaptic.presynaptic import GATE_BIAS
 
 MOST_HEADS = 16
 REFERENCE_TICKS = 256
@@ -80,7 +81,9 @@ class Operator(NamedTuple):
 
 @dataclass
 class Inputs:
-    """What all operators of a cell share. q, k, v, grad: [B, H, T, D]; plane: [B, H, N, T] float32 >= 0, drive or bias."""
+    """What all operators of a cell share. q, k, v, grad: [B, H, T, D]; plane: [B, H, N, T] float32 >= 0, drive or bias; gate: what
+    the barrier takes, its costs [B, H, T] and its strength [H], or nothing.
+    """
 
     cell: Cell
     cfg: SynapticConfig
@@ -91,6 +94,8 @@ class Inputs:
     theta: Tensor
     params: PresynParams
     plane: Tensor
+    gate: dict[str, Tensor]
+    module: Presynaptic
 
     @classmethod
     def make(cls, cell: Cell, cfg: SynapticConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
@@ -109,7 +114,11 @@ class Inputs:
         made = module.params()
         params = PresynParams(*[value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value for value in made])
         plane = torch.rand((*shape[:2], num_ticks(0, cell.tokens, cell.tick), cell.tokens), generator=generator, device=device)
-        return cls(cell, cfg, q, k, v, grad.to(dtype), theta, params, plane.requires_grad_())
+        gate = {}
+        if cfg.barrier != "none":  # a gate at birth lets 98 % pass, more or less
+            cost = F.softplus(torch.randn(shape[:3], generator=generator, device=device) - GATE_BIAS)
+            gate = {"cost": cost.requires_grad_(), "strength": module.strength().detach().requires_grad_()}
+        return cls(cell, cfg, q, k, v, grad.to(dtype), theta, params, plane.requires_grad_(), gate, module)
 
     @property
     def scale(self) -> float:
@@ -129,16 +138,21 @@ class Inputs:
         """Attention with a bias per tick."""
         return tick_biased_attention(self.q, self.k, self.v, beta, self.cell.tick, self.scale, backend=backend)
 
-    def bias(self, drive: Tensor, backend: str) -> Tensor:
-        """beta of a mean drive per token."""
-        return presyn(drive, self.params, closed=self.cell.tokens // self.cell.tick, backend=backend)[0]
+    def bias(self, drive: Tensor, backend: str, causal: bool = False) -> Tensor:
+        """beta of a mean drive per token; causal: no key has a drive before its own tick."""
+        return presyn(drive, self.params, closed=self.cell.tokens // self.cell.tick, causal=causal, backend=backend)[0]
 
     def layer(self, backend: str) -> Tensor:
         """All three, as a synaptic layer runs them."""
         if backend == "fused":
             largest = QK_SCALE**2 * self.cell.head_dim * self.scale  # of a logit, which QK norm gives
-            return fused_attention(self.q, self.k, self.v, self.theta, self.params, self.scale, largest, kind=self.cfg.drive)
-        return self.biased(self.bias(self.drive(backend) / self.cell.tick, backend), backend)
+            return fused_attention(self.q, self.k, self.v, self.theta, self.params, self.scale, largest, **self.gate, kind=self.cfg.drive)
+        beta = self.bias(self.drive(backend) / self.cell.tick, backend, causal=True)
+        if self.gate:
+            first = torch.arange(0, self.cell.tokens, self.cell.tick, device=beta.device)[None]
+            total = running_sum(self.gate["cost"]) if self.cfg.barrier == "gated" else None
+            beta = beta + self.module.barrier_bias(total, first, self.cell.tokens)
+        return self.biased(beta, backend)
 
 
 def operator(name: str, backend: str, inputs: Inputs) -> Operator:
@@ -157,7 +171,7 @@ def operator(name: str, backend: str, inputs: Inputs) -> Operator:
     if name == "presyn":
         return Operator(lambda: inputs.bias(inputs.plane, backend), (inputs.plane, *inputs.kinetics), plane_grad)
     assert name == "layer", name
-    return Operator(lambda: inputs.layer(backend), (*qkv, inputs.theta, *inputs.kinetics), inputs.grad)
+    return Operator(lambda: inputs.layer(backend), (*qkv, inputs.theta, *inputs.kinetics, *inputs.gate.values()), inputs.grad)
 
 
 def _plain(inputs: Inputs, backend: str) -> Callable[[], Tensor]:

@@ -230,20 +230,21 @@ def forward(q: Tensor, k: Tensor, theta: Tensor, kind: int, site: Site, out: Ten
     )  # fmt: skip
 
 
-def backward_keys(q: Tensor, k: Tensor, theta: Tensor, kind: int, planes: Tensor, site: Site, gk: Tensor, *, add: bool) -> Tensor:
-    """Fill gk [B, H, Tk, D] or add to it, from the drive's gradient as planes; returns that of theta [H].
+def theta_shares(q: Tensor, k: Tensor, tick: int) -> Tensor:
+    """Room [B, H, blocks of keys] for the shares of theta's gradient."""
+    return q.new_empty(*q.shape[:2], triton.cdiv(k.shape[2], tile_for("drive_keys", q, tick).keys), dtype=torch.float32)
 
-    All pairs must have been covered by the end of the calls that share a gk.
-    """
+
+def backward_keys(
+    q: Tensor, k: Tensor, theta: Tensor, kind: int, planes: Tensor, site: Site, gk: Tensor, shares: Tensor, *, add: bool
+) -> None:
+    """Fill gk [B, H, Tk, D] or add to it, from the drive's gradient as planes, and `theta_shares`."""
     tile = tile_for("drive_keys", q, site.tick)
-    grid = site.key_grid(k, tile)
-    gtheta = theta.new_zeros(q.shape[0], q.shape[1], grid[0])
     launch(
-        _backward_keys, grid,
-        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gk, *strides(gk), gtheta,
+        _backward_keys, site.key_grid(k, tile),
+        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gk, *strides(gk), shares,
         site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind, ADD=add,
     )  # fmt: skip
-    return gtheta.sum((0, 2))
 
 
 @torch.library.custom_op("bio_inspired_nanochat::tick_drive", mutates_args=())
@@ -272,7 +273,8 @@ def tick_drive_adjoint(
     q, k, theta = dense(q), dense(k), theta.contiguous()
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
     planes, gq, gk = to_planes(grad, q.dtype), torch.empty_like(q), key_gradients(q, k)
-    gtheta = backward_keys(q, k, theta, KINDS[kind], planes, site, gk, add=False)
+    shares = theta_shares(q, k, tick)
+    backward_keys(q, k, theta, KINDS[kind], planes, site, gk, shares, add=False)
     tile = tile_for("drive_queries", q, tick)
     launch(
         _backward_queries,
@@ -290,7 +292,7 @@ def tick_drive_adjoint(
         **site.static(q, k, tile),
         KIND=KINDS[kind],
     )
-    return gq, sum_groups(gk, k), gtheta
+    return gq, sum_groups(gk, k), shares.sum((0, 2))
 
 
 @tick_drive_adjoint.register_fake

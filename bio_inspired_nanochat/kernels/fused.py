@@ -193,7 +193,7 @@ def fused_adjoint(
     batch, heads, tokens, _ = q.shape
     delta, side = attention_adjoint_triton.row_products(grad, y, stat, scale)
     gq, gk, gv = torch.empty_like(q), key_gradients(q, k), key_gradients(q, v)
-    gtheta, blocks = torch.zeros_like(it.theta), -(-tokens // BLOCK)
+    shares, blocks = drive_triton.theta_shares(q, k, it.kernels.spec.tick), -(-tokens // BLOCK)
     gbarrier = delta.new_empty(batch, heads, tokens if cost is not None else 0)
     gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
     rows = None if cost is None else torch.empty_like(delta)
@@ -204,7 +204,7 @@ def fused_adjoint(
         attention_adjoint_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
         gplanes = torch.empty_like(planes)
         it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
-        gtheta += drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, add=True)
+        drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, shares, add=True)
         attention_adjoint_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind, rows)
     gconstants = torch.empty_like(it.constants)
     launch(it.kernels.finish, (heads, 1), it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
@@ -212,7 +212,7 @@ def fused_adjoint(
     gate = (gbarrier, gstrength.new_empty(0))
     if cost is not None:  # the sums of a query's row are zero in exact arithmetic; here they cancel the rounding of all later ones
         gate = (sum_from_end(torch.addcmul(gbarrier, it.strength[:, None], rows, value=-1)), gstrength.sum((0, 2)))
-    return gq, gk, gv, gtheta, gconstants, *gate
+    return gq, gk, gv, shares.sum((0, 2)), gconstants, *gate
 
 
 @fused_adjoint.register_fake

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import tick_biased_attention
-from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
+from bio_inspired_nanochat.synaptic.state import Arrival, Chunk, Extras, LayerState
 
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
@@ -86,12 +86,10 @@ class CausalSelfAttention(nn.Module):
         """Attention output [B, H, T, D] for whole sequences."""
         return tick_biased_attention(q, k, v, None, self.tick, self.scale, window=self.window, doc=extras.doc, backend=self.parts)
 
-    def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state: LayerState, chunk: Chunk) -> Tensor:
+    def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state: LayerState, chunk: Arrival) -> Tensor:
         """The next chunk of every sequence: x [B, t, n_embd]; keys, values and synapses in `state` advance in place."""
         q, k, v = self.project(x, cos_sin, value_embed)
-        chunk.write(state.k, k)
-        chunk.write(state.v, v)
-        return self._merge(self.attend_step(x, q, state, chunk))
+        return self._merge(chunk.attend(self, x, q, k, v, state))
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,6 +62,14 @@ class Extras(NamedTuple):
     record: dict[str, Tensor] | None = None
 
 
+class Arrival(Protocol):
+    """New tokens of running sequences, and how a layer reads them: a `Chunk`, or what reads the same tokens otherwise."""
+
+    def attend(self, layer: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
+        """Attention output [B, H, t, D] of the new tokens, whose keys and values [B, Hkv, t, D] join `state`; x [B, t, n_embd]."""
+        ...
+
+
 @dataclass
 class Chunk:
     """Where a chunk of new tokens sits: what every layer of one `step` shares.
@@ -105,6 +113,12 @@ class Chunk:
         for row, (begin, count) in enumerate(zip(self.starts, self.lengths, strict=True)):
             cache[row].narrow(dim - 1, begin, count).copy_(values[row].narrow(dim - 1, 0, count))
 
+    def attend(self, layer: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
+        """See `Arrival`."""
+        self.write(state.k, k)
+        self.write(state.v, v)
+        return layer.attend_step(x, q, state, self)
+
     def closed(self, tick: int, device: torch.device) -> int | Tensor:
         """How many ticks end inside this chunk, common or per row."""
         counts = [(a + n) // tick - a // tick for a, n in zip(self.starts, self.lengths, strict=True)]
@@ -139,6 +153,16 @@ class SynapseState:
     def clone(self) -> SynapseState:
         """An independent copy."""
         return self._map(torch.clone)
+
+    def copy_(self, other: SynapseState) -> SynapseState:
+        """Take over the contents of a state of the same layout and batch size, in place."""
+        if not same_layout(self, other) or self.batch_size != other.batch_size:
+            raise UserError("a state can only take over one of the same model, max_len and batch size")
+        for mine, theirs in zip([self, *self.layers], [other, *other.layers], strict=True):
+            for field in fields(mine):
+                if isinstance(value := getattr(mine, field.name), Tensor):
+                    value.copy_(getattr(theirs, field.name))
+        return self
 
     def select(self, rows: list[int] | Tensor) -> SynapseState:
         """A copy with the given rows, in that order; a row may be taken several times."""
@@ -204,4 +228,4 @@ def same_layout(a: SynapseState, b: SynapseState) -> bool:
     return _shapes(a) == _shapes(b)
 
 
-__all__ = ["Chunk", "Extras", "LayerState", "SynapseState", "same_layout"]
+__all__ = ["Arrival", "Chunk", "Extras", "LayerState", "SynapseState", "same_layout"]

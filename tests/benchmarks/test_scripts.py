@@ -148,6 +148,7 @@ def test_decoding_without_time_measures_one_size_and_says_so(capsys):
         (bench_decode, ["--batch="], "batch is empty"),
         (bench_decode, ["--context=8,x"], "--context=x is not a whole number"),
         (bench_decode, ["--syn_cfg.tick=none"], "--syn_cfg.tick"),
+        (bench_decode, ["--graph=1", "--context=8"], "graphs are captured on CUDA only"),
     ],
 )
 def test_wrong_flags_are_one_line_and_exit_code_2(capsys, script, words, said):

@@ -1,0 +1,49 @@
+"""The kernels of decoding compile for data-centre and consumer cards, without a GPU, and fit into a consumer card's shared memory."""
+
+import dataclasses
+import importlib.util
+import inspect
+
+import pytest
+import torch
+
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
+from bio_inspired_nanochat.synaptic import Presynaptic
+from tests.kernels import test_compile
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+TYPES = {"new_k_ptr": "*bf16", "new_v_ptr": "*bf16", "gate_ptr": "*bf16", "level_ptr": "*fp64", "position_ptr": "*i64"}
+
+
+def launches():
+    """Every kernel with its compile-time arguments."""
+    from bio_inspired_nanochat.kernels import decode_triton, presyn_codegen
+
+    for dim, own in (
+        (64, {"TERMINALS": False, "BARRIER": 0}),
+        (64, {"TERMINALS": True, "BARRIER": 2}),
+        (128, {"TERMINALS": True, "BARRIER": 1}),
+    ):
+        block, split = decode_triton.splits_of(96, 8192, torch.empty(1, 1, 1, dim, dtype=torch.bfloat16))
+        sizes = {"D": dim, "K": block, "SPLIT": split, "WINDOW": dim > 64, "KIND": own["BARRIER"] // 2, "CHUNK": 32}
+        yield decode_triton._attend, sizes | own
+    yield decode_triton._join, sizes
+    for cfg in (SynapticConfig.preset("core"), dataclasses.replace(SynapticConfig.preset("full"), lateral_strength=0.0)):
+        module = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=cfg))
+        module.init_weights()
+        yield decode_triton.Site(8, 1.0, terminals=module.params()).advance, {"BLOCK": presyn_codegen.BLOCK}
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_decoding_kernels_fit(capability, monkeypatch):
+    from bio_inspired_nanochat.kernels import tiles
+
+    for name, kind in TYPES.items():
+        monkeypatch.setitem(test_compile.WHOLE, name, kind)
+    monkeypatch.setattr(test_compile, "REALS", test_compile.REALS | {"share"})
+    for kernel, constants in launches():
+        constants = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
+        binary = test_compile.compiled(kernel, capability, constants, tiles.Tile(0, 0, 4, 3))
+        shared = binary.metadata.shared
+        assert binary.asm["cubin"] and shared <= test_compile.SHARED_LIMIT, f"{kernel.fn.__name__}: {shared} bytes"

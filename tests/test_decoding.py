@@ -1,0 +1,214 @@
+"""The captured step computes what `GPT.step` computes, on the same state, and takes turns with it at any token."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bio_inspired_nanochat.benchmarks.decoding import Decoding
+from bio_inspired_nanochat.config import SynapticConfig
+from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
+from bio_inspired_nanochat.engine import generate_batch
+from bio_inspired_nanochat.errors import UserError
+from tests import contract
+from tests.contract import make_ids, make_model
+from tests.kernels.interpreter import run_interpreted
+
+TICK = 3
+PROMPT, LENGTH = 5, 12  # a tick is open at the first token; three ticks end
+contract.SYNAPSES["parts"] = dataclasses.replace(
+    SynapticConfig.preset("full"), lateral_strength=0.0, barrier="linear", barrier_strength=0.5, drive="softplus"
+)
+CASES = {
+    "vanilla": ("vanilla", {"sequence_len": 24, "window_pattern": "SL"}),
+    "default": ("default", {"n_kv_head": 2, "n_layer": 1}),
+    "window": ("default", {"sequence_len": 24, "window_pattern": "SL", "value_embeds": False}),
+    "barrier alone": ("barrier_gated", {"n_layer": 1}),
+    "parts": ("parts", {"n_layer": 1}),
+}
+
+
+def model_of(case):
+    synapses, overrides = CASES[case]
+    return make_model(synapses, tick=TICK, **{"backend": "reference", "n_head": 2, "n_kv_head": 1, "n_embd": 32, **overrides})
+
+
+def read(model, rows=2, device="cpu"):
+    """Ids, and the state after the prompt."""
+    ids = make_ids(rows, LENGTH).to(device)
+    state = model.init_state(rows, LENGTH)
+    model.step(ids[:, :PROMPT], state)
+    return ids, state
+
+
+def off(a, b):
+    """Largest difference between two states, relative to the norm of each tensor."""
+    assert torch.equal(a.pos, b.pos)
+    errors = [0.0]
+    for mine, theirs in zip(a.layers, b.layers, strict=True):
+        for name, value in mine.tensors().items():
+            other = theirs.tensors()[name]
+            assert torch.isfinite(value).all() and torch.isfinite(other).all(), name
+            errors.append(float((value.double() - other.double()).norm() / other.double().norm().clamp(min=1)))
+    return max(errors)
+
+
+def close(got, want, tolerance):
+    error = (got - want).norm() / want.norm()
+    assert error <= tolerance, f"logits are off by {float(error):.1e}"
+
+
+def equality(device="cpu", dtype=torch.float32, tolerance=1e-5, cases=tuple(CASES)):
+    for case in cases:
+        model = model_of(case).to(device).set_compute_dtype(dtype)
+        ids, ordinary = read(model, device=device)
+        prompt, captured = ordinary.clone(), ordinary.clone()
+        decoder = GraphDecoder(model, captured)
+        for at in range(PROMPT, LENGTH):
+            close(decoder.step(ids[:, at]), model.step(ids[:, at : at + 1], ordinary)[:, 0], tolerance)
+        assert off(captured, ordinary) <= tolerance, case
+        assert off(prompt, read(model, device=device)[1]) == 0, "a copy follows the state that it was made from"
+
+
+def turns(device="cpu", tolerance=1e-5):
+    """Both ways of reading take turns inside of a tick, and a decoder follows a selection of rows."""
+    model = model_of("default").to(device)
+    ids, ordinary = read(model, device=device)
+    mixed = ordinary.clone()
+    decoder = GraphDecoder(model, mixed)
+    for at in range(PROMPT, LENGTH - 2):
+        want = model.step(ids[:, at : at + 1], ordinary)[:, 0]
+        close(model.step(ids[:, at : at + 1], mixed)[:, 0] if at % 2 else decoder.step(ids[:, at]), want, tolerance)
+        assert off(mixed, ordinary) <= tolerance, f"after token {at}"
+    one = mixed.select([1])
+    decoder = decoder.follow(one)
+    for at in range(LENGTH - 2, LENGTH):
+        want = model.step(ids[:, at : at + 1], ordinary)[1:, 0]
+        close(decoder.step(ids[1:, at]), want, tolerance)
+    with pytest.raises(UserError, match="past this state's max_len=12"):
+        decoder.step(ids[1:, 0])
+
+
+def poison(device="cpu"):
+    """What lies in the caches beyond the tokens read does not matter, and is left alone."""
+    model = model_of("default").to(device)
+    ids, clean = read(model, device=device)
+    dirty = clean.clone()
+    stop = PROMPT + TICK + 1
+    for layer in dirty.layers:
+        for name, value in layer.tensors().items():
+            value[:, :, PROMPT if name in ("k", "v", "barrier") else stop :] = float("nan")
+    decoders = GraphDecoder(model, clean), GraphDecoder(model, dirty)
+    for at in range(PROMPT, stop):
+        a, b = (decoder.step(ids[:, at]) for decoder in decoders)
+        assert torch.equal(a, b)
+    assert all(value[:, :, stop:].isnan().all() for layer in dirty.layers for value in layer.tensors().values())
+
+
+def ragged(device="cpu", tolerance=1e-5):
+    """Rows at different positions end their ticks at different tokens."""
+    model = model_of("default").to(device)
+    ids = make_ids(2, LENGTH).to(device)
+    ordinary = model.init_state(2, LENGTH)
+    model.step(ids[:, :PROMPT], ordinary, lengths=[PROMPT, PROMPT - 2])
+    captured = ordinary.clone()
+    decoder = GraphDecoder(model, captured)
+    for at in range(PROMPT, PROMPT + TICK):
+        close(decoder.step(ids[:, at]), model.step(ids[:, at : at + 1], ordinary)[:, 0], tolerance)
+    assert off(captured, ordinary) <= tolerance
+
+
+def refusals(device="cpu"):
+    documents, lateral, noisy = make_model("default", doc_mask=True), make_model("lateral"), make_model("stochastic")
+    for model, noise_seed, reason in (
+        (documents, None, "documents"),
+        (lateral, None, "lateral"),
+        (noisy, 1, "random"),
+        (make_model("vanilla"), None, "head size 8"),
+    ):
+        model.to(device)
+        state = model.init_state(1, 8, noise_seed=noise_seed)
+        assert reason in graph_obstacle(model, state)
+        with pytest.raises(UserError, match=reason):
+            GraphDecoder(model, state)
+    noisy = make_model("stochastic", n_head=2, n_kv_head=2).to(device)
+    assert graph_obstacle(noisy, noisy.init_state(1, 8)) is None, "expectations need no draws"
+
+
+def rehearsal(device="cpu"):
+    """The benchmark reads the same prompt again and again with one decoder."""
+    model = model_of("default").to(device)
+    prompt = make_ids(2, PROMPT).to(device)
+    works = [Decoding(model, prompt, TICK, graph) for graph in (False, True, True)]
+    for work, runs in zip(works, (1, 1, 2), strict=True):
+        for _ in range(runs):
+            work.prepare()
+            work.run(lambda: None)
+    ordinary, once, twice = (work.state for work in works)
+    assert off(once, ordinary) <= 1e-5 and off(twice, once) == 0
+
+
+def test_a_captured_step_is_an_ordinary_step_in_the_interpreter():
+    # one process for all: starting one and making the kernels takes as long as running them
+    run_interpreted("from tests.test_decoding import *\nequality()\nturns()\npoison()\nragged()\nrefusals()\nrehearsal()")
+
+
+def test_without_triton_the_reason_is_given():
+    model = make_model("default")
+    with pytest.raises(UserError, match=r"Triton.*use model.step"):
+        GraphDecoder(model, model.init_state(1, 8))
+
+
+def test_a_foreign_state_is_refused():
+    with pytest.raises(UserError, match="another model"):
+        GraphDecoder(make_model("default"), make_model("vanilla").init_state(1, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+def test_a_captured_step_is_an_ordinary_step_on_the_gpu(case, dtype, tolerance):
+    equality("cuda", dtype, tolerance, [case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_gives_the_same_twice(case):
+    model = model_of(case).to("cuda").set_compute_dtype(torch.bfloat16)
+    ids, state = read(model, device="cuda")
+    states = state.clone(), state
+    decoders = [GraphDecoder(model, one) for one in states]
+    for at in range(PROMPT, LENGTH):
+        assert torch.equal(*(decoder.step(ids[:, at]) for decoder in decoders))
+    assert off(*states) == 0
+
+
+@pytest.mark.gpu
+def test_captured_and_ordinary_steps_take_turns_on_the_gpu():
+    turns("cuda", 1e-4)
+    poison("cuda")
+    ragged("cuda", 1e-4)
+    refusals("cuda")
+    rehearsal("cuda")
+
+
+@pytest.mark.gpu
+def test_a_long_context_on_the_gpu():
+    """Many splits, and many keys per program."""
+    model = make_model("default", tick=8, n_head=2, n_kv_head=1, n_embd=128, sequence_len=4096, window_pattern="SL").to("cuda")
+    ids = make_ids(16, 3000).to("cuda")
+    for rows in (1, 16):
+        ordinary = model.init_state(rows, 4096)
+        model.step(ids[:rows, :2980], ordinary)
+        captured = ordinary.clone()
+        decoder = GraphDecoder(model, captured)
+        for at in range(2980, 3000):
+            close(decoder.step(ids[:rows, at]), model.step(ids[:rows, at : at + 1], ordinary)[:, 0], 1e-4)
+        assert off(captured, ordinary) <= 1e-4
+
+
+@pytest.mark.gpu
+def test_generation_says_the_same_with_and_without_graphs():
+    model = make_model("default", n_head=2, n_kv_head=1).to("cuda")
+    said = [list(generate_batch(model, [[1, 2, 3, 4], [5]], 50, temperature=1.0, stop_ids=[7], graph=graph)) for graph in (True, False)]
+    assert said[0] == said[1]
