@@ -144,7 +144,7 @@ def _join(
 
 def _after_tick(spec: Spec) -> Callable[..., list[Tensor]]:
     """States, drive and constants to the bias of the next tick and the states at its start, as same-shaped tensors."""
-    tick, states = presyn_codegen._tick_function(spec), len(spec.states)
+    tick, states = presyn_codegen.tick_function(spec), len(spec.states)
 
     def after(*tensors: Tensor) -> list[Tensor]:
         _, *ahead = tick(*tensors)

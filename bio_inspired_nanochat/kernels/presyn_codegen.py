@@ -90,7 +90,7 @@ def states_of(state: PresynState) -> dict[str, Tensor]:
     return {**plain, **{f"ring{i}": slot for i, slot in enumerate(slots)}}
 
 
-def _tick_function(spec: Spec) -> Callable[..., list[Tensor]]:
+def tick_function(spec: Spec) -> Callable[..., list[Tensor]]:
     """One tick as a function of same-shaped tensors: states, ring slots, drive, [eps, chosen], constants."""
     plain = [name for name in spec.states if not name.startswith("ring")]
 
@@ -160,7 +160,7 @@ def code_of(spec: Spec) -> tuple[Tick, list[str]]:
     """The code of one tick, and the lines of the kernel that finishes the gradients of the constants."""
     states, draws = len(spec.states), 2 if spec.sampler else 0
     with torch.no_grad():
-        graph = codegen.trace(_tick_function(spec), states + 1 + draws + len(spec.constants))
+        graph = codegen.trace(tick_function(spec), states + 1 + draws + len(spec.constants))
         prelude, body = codegen.split(graph, len(spec.constants))
         inputs = sum(node.op == "placeholder" for node in body.graph.nodes)
         # the draws come first, so that everything after them is differentiated

@@ -182,8 +182,10 @@ def tile_for(kernel: str, q: Tensor, tick: int) -> Tile:
         return tile._replace(queries=max(16, tick), keys=16)
     if q.element_size() > 2:
         return tile._replace(queries=max(32, tick), keys=32, stages=1)
-    small = SMALL.get((kernel, 128 if wide else 64))
-    return small if small and shared_bytes(q.device) < 2 * SMALL_BYTES else tile
+    if shared_bytes(q.device) >= 2 * SMALL_BYTES:
+        return tile
+    tile = SMALL.get((kernel, 128 if wide else 64), tile)
+    return tile if tick >= 4 else tile._replace(stages=1)  # the shorter the ticks, the more rows of planes
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What the fused layer takes and keeps on the GPU: no tensor of queries x keys, and little more than a vanilla layer."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -58,4 +59,4 @@ def test_twice_the_context_at_the_same_tokens_takes_at_most_twice_the_memory(tic
         model(ids, ids).backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del model
-    assert all(b <= 2 * a for a, b in zip(peaks, peaks[1:])), [peak >> 20 for peak in peaks]
+    assert all(b <= 2 * a for a, b in itertools.pairwise(peaks)), [peak >> 20 for peak in peaks]
