@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,10 @@ COLUMNS = (
     *("D", "T", "c", "pairs", "operator", "execution", "forward ms", "backward ms", "both ms", "quartiles", "x flash"),
     *("peak MiB", "kept MiB", "moved GB", "TFLOP", "floor ms", "runs"),
 )
+
+
+LAUNCHED = ("D", "T", "c", "execution", "kernel", "ms", "launches", "registers", "spills", "shared KiB")
+_WATCHED_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,11 @@ def bench_kernels(config: BenchKernelsConfig) -> dict[str, Any]:
             bar.advance()
             free_unused(device)
     rows.sort(key=lambda row: row.cell)
+    if bench.launched:
+        table(LAUNCHED, [tuple(one.values()) for one in bench.launched])
     table(COLUMNS, [row.cells() for row in rows if row.course is not None])
     say_skipped((_name(row), row.skipped) for row in rows if row.course is None)
-    record = where | _ratios(rows) | {"syn_preset": config.syn_preset, "rows": [row.record() for row in rows]}
+    record = where | _ratios(rows) | {"syn_preset": config.syn_preset, "rows": [row.record() for row in rows], "kernels": bench.launched}
     keep_record(config.json, record)
     return record
 
@@ -176,6 +183,7 @@ class _Bench:
         self.config, self.device, self.dtype = config, device, dtype
         self.cold, self.peaks = ColdCache(device), peaks(device, dtype)
         self.failures = failures()
+        self.launched: list[dict[str, Any]] = []
 
     def measure(self, cell: Cell, deadline: Deadline | None, seconds: float) -> list[Row]:
         """All rows of a size, those that cannot run with the reason. deadline: after it nothing new is tried; seconds: for the rounds."""
@@ -186,6 +194,9 @@ class _Bench:
             inputs = Inputs.make(cell, SynapticConfig.preset(self.config.syn_preset), self.device, self.dtype, self.config.seed)
             competitors = self._warm(rows, inputs, deadline)
             courses = interleave(competitors, self.device, seconds, cold=self.cold) if competitors else {}
+            for backend in ("fused", "triton"):
+                if self.device.type == "cuda" and f"layer {backend}" in competitors:
+                    self.launched += _kernels_of(competitors[f"layer {backend}"], cell, backend)
         except self.failures as error:
             return _skip(rows, reason(error))
         baseline = courses.get(" ".join(BASELINE))
@@ -219,6 +230,28 @@ class _Bench:
         if competitors:
             set_strides(competitors, tried)
         return competitors
+
+
+def _kernels_of(competitor: Competitor, cell: Cell, backend: str) -> list[dict[str, Any]]:
+    """The Triton kernels of one execution: median milliseconds of a launch, launches per run, and what each takes."""
+    from bio_inspired_nanochat.kernels.tiles import watch
+
+    with watch() as launches:
+        for _ in range(_WATCHED_RUNS):
+            torch.cuda._sleep(10_000_000)  # the host gets ahead, so that an interval holds nothing but its kernel
+            competitor.run(lambda: None)
+    torch.cuda.synchronize()
+    kernels = []
+    for name in dict.fromkeys(launch.name for launch in launches):
+        these = [launch for launch in launches if launch.name == name]
+        taken = statistics.median(launch.begin.elapsed_time(launch.end) for launch in these)
+        compiled = these[0].compiled
+        kernels.append({
+            "head_dim": cell.head_dim, "context": cell.tokens, "tick": cell.tick, "backend": backend, "kernel": name,
+            "ms": short(taken), "launches": len(these) // _WATCHED_RUNS, "registers": compiled.n_regs, "spills": compiled.n_spills,
+            "shared_kib": short(compiled.metadata.shared / 1024),
+        })  # fmt: skip
+    return kernels
 
 
 def _skip(rows: list[Row], why: str) -> list[Row]:

@@ -153,7 +153,7 @@ def attention_op(
     q, k, v = dense(q), dense(k), dense(v)
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
     y, stat = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    forward(q, k, v, to_planes(beta / scale, q.dtype), None, None, None, site, y, stat)
+    forward(q, k, v, to_planes(beta, q.dtype, 1 / scale), None, None, None, site, y, stat)
     return y, stat
 
 
@@ -170,7 +170,7 @@ def attention_adjoint(
     """Gradients of q, k, v and beta."""
     q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
-    planes, (delta, side) = to_planes(beta / scale, q.dtype), adjoint.row_products(grad, y, stat, scale)
+    planes, (delta, side) = to_planes(beta, q.dtype, 1 / scale), adjoint.row_products(grad, y, stat, scale)
     gq, gk, gv, gbeta = torch.empty_like(q), key_gradients(q, k), key_gradients(q, v), torch.empty(beta.shape, device=q.device)
     adjoint.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=True)
     adjoint.backward_queries(grad, q, k, v, planes, stat, delta, site, gq)

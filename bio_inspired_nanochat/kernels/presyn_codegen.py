@@ -184,7 +184,7 @@ def _draws_first(body: fx.GraphModule, at: int, draws: int) -> Callable[..., Any
 IMPORTS = """\
 import triton
 import triton.language as tl
-from bio_inspired_nanochat.kernels.tiles import exponential, logarithm, reciprocal"""
+from bio_inspired_nanochat.kernels.tiles import exponential, logarithm, reciprocal, store_planes"""
 NOISE = """\
 same = tl.zeros([BLOCK], tl.int32)
 word0, word1, word2, word3 = tl.philox((k1 << 32) | k0, offset, same + (tick0 + {n}).to(tl.int32), same + (head | (layer << 16)).to(tl.int32), same)

@@ -134,16 +134,7 @@ if BARRIER:
 NEARNESS = """\
     begin = tl.minimum({n} * {tick}, keys - 1)
     near = (mine - tl.load(high_at + begin)) + (rest - tl.load(low_at + begin))"""
-PLANES = """\
-value = {value}
-exists = live & (still + {n} < ticks)
-if P == 2:  # the upper half of a float32 is a bfloat16, and what it leaves over is exact: no conversion, which is slow
-    bits = value.to(tl.uint32, bitcast=True)
-    low = (value - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
-    tl.store(plane_ptr.to(tl.pointer_type(tl.uint16)) + plane_at + {n} * keys, (bits >> 16).to(tl.uint16), mask=exists)
-    tl.store(plane_ptr.to(tl.pointer_type(tl.uint16)) + plane_at + (ticks + {n}) * keys, (low >> 16).to(tl.uint16), mask=exists)
-else:
-    tl.store(plane_ptr + plane_at + {n} * keys, value, mask=exists)"""
+PLANES = "store_planes(plane_ptr + plane_at + {n} * keys, ticks * keys, {value}, live & (still + {n} < ticks), P)"
 
 
 class _Registers(NamedTuple):
@@ -243,7 +234,7 @@ def _layer_lines(tick: Tick) -> list[str]:
 
     def forward_tick(n: str, u: int) -> list[str]:
         gate = ["if BARRIER:", *NEARNESS.format(n=n, tick=spec.tick).splitlines(), "    total += strength * near"]
-        planes = PLANES.format(value="total * inverse", n=n).splitlines()
+        planes = [PLANES.format(value="total * inverse", n=n)]
         return [*replay(n, u), f"total = {tick.out[0]}", *gate, *planes, *tick.advance]
 
     def replay_tick(n: str, u: int) -> list[str]:
@@ -251,7 +242,7 @@ def _layer_lines(tick: Tick) -> list[str]:
 
     def backward_tick(n: str, u: int) -> list[str]:
         gate = ["if BARRIER:", *NEARNESS.format(n=n, tick=spec.tick).splitlines(), "    gmine += c0", "    gstrength += c0 * near"]
-        planes = PLANES.format(value=f"{tick.gradients[states]} * {1 / spec.tick!r}", n=n).splitlines()
+        planes = [PLANES.format(value=f"{tick.gradients[states]} * {1 / spec.tick!r}", n=n)]
         return [
             f"c0 = c0_{u}", *keep.load(u), f"drive = i{u} * {1 / spec.tick!r}", *gate, *tick.noise(n), *tick.back, *planes, *tick.retreat
         ]  # fmt: skip

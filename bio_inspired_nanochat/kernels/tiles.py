@@ -7,8 +7,10 @@ value is held as a sum of two of them, in two planes [2, N, Tk], and keeps 16 bi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -206,10 +208,34 @@ def planes_of(dtype: torch.dtype) -> int:
     return 1 if dtype == torch.float32 else 2
 
 
-def to_planes(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., N, Tk] float32 as planes [..., P, N, Tk] whose sum it is."""
-    high = x.to(dtype)
-    return high.unsqueeze(-3) if dtype == torch.float32 else torch.stack([high, (x - high.float()).to(dtype)], dim=-3)
+@triton.jit
+def store_planes(plane_ptr, behind, value, mask, P: tl.constexpr):
+    """Store a float32 value as P planes: at plane_ptr, and the second one `behind` elements later."""
+    if P == 2:  # the upper half of a float32 is a bfloat16, and what it leaves over is exact: no conversion, which is slow
+        half_ptr = plane_ptr.to(tl.pointer_type(tl.uint16))
+        bits = value.to(tl.uint32, bitcast=True)
+        low = (value - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
+        tl.store(half_ptr, (bits >> 16).to(tl.uint16), mask=mask)
+        tl.store(half_ptr + behind, (low >> 16).to(tl.uint16), mask=mask)
+    else:
+        tl.store(plane_ptr, value, mask=mask)
+
+
+@triton.jit
+def _to_planes(x_ptr, plane_ptr, factor, size, P: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * size + at, mask=at < size, other=0.0)
+    store_planes(plane_ptr + row * P * size + at, size, x * factor, at < size, P)
+
+
+def to_planes(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """x * factor, x [B, H, N, Tk] float32, as planes [B, H, P, N, Tk] whose sum it is."""
+    x, planes = x.contiguous(), planes_of(dtype)
+    out = torch.empty(*x.shape[:2], planes, *x.shape[2:], dtype=dtype, device=x.device)
+    size = x.shape[2] * x.shape[3]
+    launch(_to_planes, (triton.cdiv(size, 2048), x.shape[0] * x.shape[1]), x, out, factor, size, P=planes, BLOCK=2048)
+    return out
 
 
 def dense(x: Tensor) -> Tensor:
@@ -245,7 +271,28 @@ def head_obstacle(q: Tensor) -> str | None:
     return None
 
 
+class Launched(NamedTuple):
+    """A launch that was watched: the kernel's name, events before and after it, and what was compiled."""
+
+    name: str
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    compiled: Any
+
+
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
+_watched: list[Launched] | None = None
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Launched]]:
+    """Collect the launches made inside, on CUDA."""
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -> None:
@@ -259,13 +306,24 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -
     kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
     key = (kernel, tensors[0].device.index, kinds, tuple(static.items()))
     known = _compiled.get(key)
+    begin = None if _watched is None else _mark()
     if any(tensor.data_ptr() % 16 for tensor in tensors):  # compiled for another alignment than the common one
-        kernel[grid](*arguments, **static)
+        compiled = kernel[grid](*arguments, **static)
     elif known is None:
         compiled = kernel[grid](*arguments, **static)
         _compiled[key] = compiled, tuple(static[name] for name in kernel.arg_names[len(arguments) :])
     else:
-        known[0][(*grid, 1)](*arguments, *known[1])
+        compiled = known[0]
+        compiled[(*grid, 1)](*arguments, *known[1])
+    if _watched is not None:
+        module = kernel.fn.__module__.strip("<").partition(" ")[0].rpartition(".")[2]  # of a generated kernel the first word
+        _watched.append(Launched(f"{module} {kernel.fn.__name__.strip('_')}", begin, _mark(), compiled))
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Site(NamedTuple):
