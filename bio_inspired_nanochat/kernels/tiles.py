@@ -302,12 +302,16 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -
     if _interpreted():
         kernel[grid](*arguments, **static)
         return
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-    key = (kernel, tensors[0].device.index, kinds, tuple(static.items()))
+    kinds, alignment = [], 0
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            alignment |= argument.data_ptr()
+            argument = argument.dtype
+        kinds.append(argument)
+    key = (id(kernel), torch.cuda.current_device(), *kinds, *static.values())
     known = _compiled.get(key)
     begin = None if _watched is None else _mark()
-    if any(tensor.data_ptr() % 16 for tensor in tensors):  # compiled for another alignment than the common one
+    if alignment % 16:  # compiled for another alignment than the common one
         compiled = kernel[grid](*arguments, **static)
     elif known is None:
         compiled = kernel[grid](*arguments, **static)
