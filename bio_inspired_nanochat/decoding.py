@@ -22,7 +22,7 @@ from bio_inspired_nanochat.kernels.scan import on_triton
 from bio_inspired_nanochat.synaptic import CausalSelfAttention, LayerState, SynapseState, SynapticCausalSelfAttention, rotary
 
 if TYPE_CHECKING:
-    from bio_inspired_nanochat.kernels.decode_triton import Site
+    from bio_inspired_nanochat.kernels.decode_triton import TokenSite
 
 WARM_RUNS = 2  # before a capture: kernels are compiled and libraries make their workspaces
 
@@ -33,7 +33,7 @@ class _Token:
     positions: [B, 1] of the new tokens, on the device; ends: whether any row may end a tick with it.
     """
 
-    def __init__(self, positions: Tensor, sites: list[Site], ends: bool) -> None:
+    def __init__(self, positions: Tensor, sites: list[TokenSite], ends: bool) -> None:
         self.positions, self.sites, self.ends = positions, sites, ends
 
     def attend(self, layer: CausalSelfAttention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
@@ -116,7 +116,7 @@ class GraphDecoder:
         if obstacle := graph_obstacle(model, state):
             raise UserError(f"a captured step cannot serve this model and state: {obstacle}; use model.step")
 
-    def _set_up(self, state: SynapseState, reader: _Reader, sites: list[Site], capture: bool) -> None:
+    def _set_up(self, state: SynapseState, reader: _Reader, sites: list[TokenSite], capture: bool) -> None:
         self.state = state
         self._reader, self._sites = reader, sites
         device = state.layers[0].k.device
@@ -175,16 +175,16 @@ class GraphDecoder:
         return graph, logits
 
 
-def _site(attn: CausalSelfAttention) -> Site:
+def _site(attn: CausalSelfAttention) -> TokenSite:
     """What of a layer does not change from token to token."""
-    from bio_inspired_nanochat.kernels.decode_triton import Site
+    from bio_inspired_nanochat.kernels.decode_triton import TokenSite
 
     if not isinstance(attn, SynapticCausalSelfAttention):
-        return Site(attn.tick, attn.scale, attn.window)
+        return TokenSite(attn.tick, attn.scale, attn.window)
     synapse, cfg = attn.synapse, attn.cfg
     theta, params = (synapse.theta_value(), synapse.params()) if cfg.presyn else (None, None)
     strength = None if cfg.barrier == "none" else synapse.strength()
     if cfg.barrier == "linear":
         strength = strength * synapse._slopes(strength.device)
     gate_bias = synapse.gate_bias if cfg.barrier == "gated" else None
-    return Site(attn.tick, attn.scale, attn.window, cfg.drive, theta, params, cfg.barrier, strength, gate_bias)
+    return TokenSite(attn.tick, attn.scale, attn.window, cfg.drive, theta, params, cfg.barrier, strength, gate_bias)

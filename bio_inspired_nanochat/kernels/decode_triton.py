@@ -195,7 +195,7 @@ def _advance_kernel(signature: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Site:
+class TokenSite:
     """What does not change from token to token in one layer.
 
     theta [H] and terminals: threshold and kinetics, None without terminals. barrier: none, gated or linear; strength [H]: its
@@ -248,7 +248,7 @@ def splits_of(pairs: int, length: int, k: Tensor) -> tuple[int, int]:
 
 
 def attend(
-    q: Tensor, new_k: Tensor, new_v: Tensor, cache: Mapping[str, Tensor], positions: Tensor, site: Site, gate: Tensor | None = None
+    q: Tensor, new_k: Tensor, new_v: Tensor, cache: Mapping[str, Tensor], positions: Tensor, site: TokenSite, gate: Tensor | None = None
 ) -> Tensor:
     """Attention of one new token per row, which joins the caches; its drive joins the open tick of older keys.
 
@@ -276,7 +276,7 @@ def attend(
     return y
 
 
-def advance(cache: Mapping[str, Tensor], positions: Tensor, site: Site) -> None:
+def advance(cache: Mapping[str, Tensor], positions: Tensor, site: TokenSite) -> None:
     """End the tick of every row whose new token is the last of one: terminals up to it move on, their bias is that of the next tick.
 
     cache: as in `attend`, after it, and the state of the terminals, [B, H, L] float32 each (the ring [B, H, L, d]).

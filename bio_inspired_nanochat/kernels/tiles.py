@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bio_inspired_nanochat.kernels.masks import num_ticks
 
-FAST = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAST = tl.constexpr(not INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -180,7 +181,7 @@ def tile_for(kernel: str, q: Tensor, tick: int) -> Tile:
     """The tile of a kernel on q's device; float32 operands take twice the shared memory, so they get half the keys."""
     wide = q.shape[3] > 64
     tile = TILES[kernel][wide]
-    if _interpreted():
+    if INTERPRETED:
         return tile._replace(queries=max(16, tick), keys=16)
     if q.element_size() > 2:
         return tile._replace(queries=max(32, tick), keys=32, stages=1)
@@ -196,11 +197,6 @@ def shared_bytes(device: torch.device) -> int:
     if limit := os.environ.get("SHARED_LIMIT_KB"):
         return int(limit) * 1024
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else SMALL_BYTES
-
-
-@functools.cache
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def planes_of(dtype: torch.dtype) -> int:
@@ -266,7 +262,7 @@ def head_obstacle(q: Tensor) -> str | None:
         return f"head size {q.shape[-1]} is not a power of two from 16 to {WIDEST_HEAD}"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"{q.dtype} is neither float32 nor bfloat16"
-    if _interpreted() and q.dtype != torch.float32:
+    if INTERPRETED and q.dtype != torch.float32:
         return "Triton's interpreter computes bfloat16 wrongly"
     return None
 
@@ -299,7 +295,7 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -
     """kernel[grid](*arguments, **static), where a call like an earlier one skips Triton's own look at its many arguments,
     which takes longer than a small kernel runs. static: compile-time arguments by name and options of the launch.
     """
-    if _interpreted():
+    if INTERPRETED:
         kernel[grid](*arguments, **static)
         return
     kinds, alignment = [], 0

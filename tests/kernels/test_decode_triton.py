@@ -32,7 +32,7 @@ def launches():
     for cfg in (SynapticConfig.preset("core"), dataclasses.replace(SynapticConfig.preset("full"), lateral_strength=0.0)):
         module = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=cfg))
         module.init_weights()
-        yield decode_triton.Site(8, 1.0, terminals=module.params()).advance, {"BLOCK": presyn_codegen.BLOCK}
+        yield decode_triton.TokenSite(8, 1.0, terminals=module.params()).advance, {"BLOCK": presyn_codegen.BLOCK}
 
 
 @pytest.mark.parametrize("capability", [89, 90])
