@@ -132,7 +132,7 @@ def _query_tiles(
     C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys [low, high) to dq, and with ROWS their gradients of the logits to `total` [M]."""
+    """Add the keys [low, high) to dq, and with ROWS the gradients of their logits to `total`, [M, 16] with equal columns."""
     column = tl.arange(0, 16)[None, :]
     upper = delta.to(q.dtype).to(tl.float32)
     parts = tl.where(column == 0, -upper[:, None], tl.where(column == 1, (upper - delta)[:, None], 0.0)).to(q.dtype)
@@ -152,8 +152,8 @@ def _query_tiles(
         g *= tl.dot(parts, ones, tl.dot(gy, tl.trans(v), input_precision=PRECISION), input_precision=PRECISION)
         if MASKED:
             g = tl.where(allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, True), g, 0.0)
-        if ROWS:
-            total += tl.sum(g, 1)
+        if ROWS:  # rounded as in the pass over keys, where the same values are summed the other way
+            total = tl.dot(g.to(k.dtype), tl.trans(ones), total, input_precision=PRECISION)
         if KIND >= 0:
             planes = load_planes(gplane_ptr, tick, base, key, ticks, keys, C, M, P, R, MASKED)
             driven = drive_slope(x, scale, theta, KIND) * tl.dot(hot, planes, input_precision=PRECISION)
@@ -187,7 +187,7 @@ def _backward_queries(
     delta = tl.load(delta_ptr + row * queries + query, mask=real, other=0.0)
     theta = tl.load(theta_ptr + head) if KIND >= 0 else 0.0
     hot = one_hot(M, C, R).to(q.dtype)
-    gq, total = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
+    gq, total = tl.zeros([M, D], tl.float32), tl.zeros([M, 16], tl.float32)
     low = 0
     if WINDOW:
         low = tl.maximum(base + start - window + 1, 0) // K * K
@@ -207,7 +207,7 @@ def _backward_queries(
         C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, ROWS, PRECISION, True,
     )  # fmt: skip
     if ROWS:
-        tl.store(total_ptr + row * queries + query, total, mask=real)
+        tl.store(total_ptr + row * queries + query, tl.max(total, 1), mask=real)
     tl.store(rows(gq_ptr, batch, head, q_b, q_h, q_t, query, D), gq * scale, mask=real[:, None])
 
 

@@ -16,9 +16,25 @@ from tests.kernels.interpreter import run_interpreted
 
 
 def run(
-    exact, device, dtype, length, tick, dim, heads=2, kv_heads=2, batch=2, barrier=True, kind="phi", preset="core", bounded=True, **options
+    execution,
+    device,
+    dtype,
+    length,
+    tick,
+    dim,
+    heads=2,
+    kv_heads=2,
+    batch=2,
+    barrier=True,
+    kind="phi",
+    preset="core",
+    bounded=True,
+    **options,
 ):
-    """The output and all gradients by name; `exact` computes from the same numbers in float64 by the reference."""
+    """The output and all gradients by name. execution: fused; portable, operator by operator from PyTorch's own parts; or
+    reference, in float64 from the same numbers.
+    """
+    exact = execution == "reference"
     torch.manual_seed(0)
     constants = {name: value for name, value in options.items() if name not in ("window", "docs")}
     cfg = dataclasses.replace(
@@ -37,35 +53,37 @@ def run(
     q, k, v = (value.to(device, dtype).to(torch.float64 if exact else dtype).requires_grad_() for value in (q, k, v))
     cost = cost.to(device).to(torch.float64 if exact else torch.float32).requires_grad_()
     strength = torch.linspace(0.5, 1.5, heads, device=device).requires_grad_()
-    scale, params, theta, total = dim**-0.5, module.params(), module.theta_value(), cost.cumsum(-1)
+    scale, params, theta, total = dim**-0.5, module.params(), module.theta_value(), cost.double().cumsum(-1)
     gate = {"cost": cost, "strength": strength} if barrier else {}
     doc = (torch.rand(batch, length) < 0.1).cumsum(1).to(device) if options.get("docs") else None
     where = {"window": options.get("window"), "doc": doc}
     noise = ReleaseNoise.of(torch.arange(batch, device=device), 5).at(3, 0) if params.sampler is not None else None
-    if exact:
-        params = PresynParams(*[value.double() if isinstance(value, torch.Tensor) else value for value in params])
-        drive = kernels.tick_drive(q, k, theta.double(), tick, scale, kind=kind, backend="reference", **where) / tick
-        beta, _ = kernels.presyn(drive, params, closed=length // tick, noise=noise, backend="reference")
-        if barrier:
-            first = torch.arange(0, length, tick, device=device)
-            beta = beta + strength.double()[:, None, None] * (total[:, :, None] - total[:, :, first][..., None])
-        y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, backend="reference", **where)
-    else:
+    if execution == "fused":
         largest = 1.45 * dim**0.5 if bounded else None
         y = kernels.fused_attention(q, k, v, theta, params, scale, largest, kind=kind, noise=noise, **gate, **where)
+    else:
+        real, backend = (torch.float64, "reference") if exact else (torch.float32, "sdpa")
+        params = PresynParams(*[value.to(real) if isinstance(value, torch.Tensor) else value for value in params])
+        drive = kernels.tick_drive(q, k, theta.to(real), tick, scale, kind=kind, backend=backend, **where) / tick
+        beta, _ = kernels.presyn(drive, params, closed=length // tick, noise=noise, backend=backend)
+        if barrier:
+            first = torch.arange(0, length, tick, device=device)
+            beta = beta + (strength.double()[:, None, None] * (total[:, :, None] - total[:, :, first][..., None])).to(real)
+        y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, backend=backend, **where)
     leaves = {"q": q, "k": k, "v": v, "cost": cost, "strength": strength, **dict(module.named_parameters())}
     grads = torch.autograd.grad((y * weight.to(y)).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {"y": y, **dict(zip(leaves, grads, strict=True))}
 
 
 def compare(device, dtype, length, tick, dim, tolerance, **options):
-    got, want = run(False, device, dtype, length, tick, dim, **options), run(True, device, dtype, length, tick, dim, **options)
-    again = run(False, device, dtype, length, tick, dim, **options) if device == "cuda" else got
+    got, want = (run(execution, device, dtype, length, tick, dim, **options) for execution in ("fused", "reference"))
+    again = run("fused", device, dtype, length, tick, dim, **options) if device == "cuda" else got
+    usual = run("portable", device, dtype, length, tick, dim, **options) if device == "cuda" else want
     for name, value in want.items():
-        error = (got[name].double() - value).norm() / value.norm().clamp(min=1)
-        # the gradient of a gate is a running sum over rows and columns that cancel, so it shows their rounding
-        allowed = 4 * tolerance if name == "cost" and dtype == torch.bfloat16 else tolerance
-        assert error <= allowed, f"{name} is off by {error:.1e} (T={length}, c={tick}, D={dim}, {options})"
+        error, unavoidable = ((side[name].double() - value).norm() / value.norm().clamp(min=1) for side in (got, usual))
+        # gradients of kinetics are small sums of large terms, which any execution rounds
+        allowed = tolerance if name in ("y", "q", "k", "v") else max(tolerance, 3 * unavoidable)
+        assert error <= allowed, f"{name} is off by {error:.1e}, not {allowed:.1e} (T={length}, c={tick}, D={dim}, {options})"
         assert torch.equal(got[name], again[name]), f"{name} differs between two runs"
 
 
@@ -99,7 +117,7 @@ def test_the_fused_layer_equals_the_reference_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("tick", [1, 4, 8, 16])
 def test_the_fused_layer_equals_the_reference_on_the_gpu(dtype, tolerance, dim, tick):
@@ -108,7 +126,7 @@ def test_the_fused_layer_equals_the_reference_on_the_gpu(dtype, tolerance, dim, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_of_the_fused_layer_equal_the_reference_on_the_gpu(dtype, tolerance, options):
     compare("cuda", dtype, 300, 8, 64, tolerance, **OPTIONS[options])
