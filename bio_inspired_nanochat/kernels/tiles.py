@@ -185,6 +185,8 @@ def tile_for(kernel: str, q: Tensor, tick: int) -> Tile:
         return tile._replace(queries=max(16, tick), keys=16)
     if q.element_size() > 2:
         return tile._replace(queries=max(32, tick), keys=32, stages=1)
+    if tick > tile.queries:  # a tile holds whole ticks
+        return tile._replace(queries=tick, stages=1)
     if shared_bytes(q.device) >= 2 * SMALL_BYTES:
         return tile
     tile = SMALL.get((kernel, 128 if wide else 64), tile)

@@ -1,6 +1,7 @@
 """The fused layer equals the three operators of the reference in a row: output and every gradient."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ import torch.nn.functional as F
 from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.kernels import PresynParams, ReleaseNoise
+from bio_inspired_nanochat.kernels import PresynParams, PresynState, ReleaseNoise
 from bio_inspired_nanochat.synaptic import Presynaptic
 from tests.contract import make_ids, make_model
 from tests.kernels.interpreter import run_interpreted
+
+if importlib.util.find_spec("triton"):
+    from bio_inspired_nanochat.kernels import fused, presyn_codegen, presyn_kernels
 
 
 def run(
@@ -119,7 +123,7 @@ def test_the_fused_layer_equals_the_reference_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("tick", [1, 4, 8, 16])
+@pytest.mark.parametrize("tick", [1, 4, 8, 16, 64])
 def test_the_fused_layer_equals_the_reference_on_the_gpu(dtype, tolerance, dim, tick):
     for length in (1, 7, 63, 64, 65, 500):
         compare("cuda", dtype, length, tick, dim, tolerance, heads=4)
@@ -138,6 +142,51 @@ def test_options_of_the_fused_layer_equal_the_reference_on_the_gpu(dtype, tolera
 def test_what_the_fused_layer_cannot_serve_is_an_error_with_the_reason(synapses, reason):
     with pytest.raises(UserError, match=f"backend='fused' cannot serve this synaptic layer: .*({reason})"):
         make_model(synapses, backend="fused")(make_ids())
+
+
+def poisoned():
+    """Whatever memory holds before a kernel writes it changes nothing."""
+    fused._Layer.buffer = lambda self, count, *front, dtype=torch.float32: torch.full(
+        (count, *front, self.ticks, self.k.shape[2]), float("nan"), dtype=dtype
+    )
+    one = {"heads": 1, "kv_heads": 1, "batch": 1}
+    for length, options in ((64, {}), (50, {}), (50, {"docs": True, "window": 19})):
+        compare("cpu", torch.float32, length, 8, 16, 2e-5, **options, **one)
+
+
+def promised():
+    """Shapes, layouts and gradients are what torch.compile is told."""
+    fused._Layer.buffer = lambda self, count, *front, dtype=torch.float32: torch.zeros(
+        count, *front, self.ticks, self.k.shape[2], dtype=dtype
+    )
+    p = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=SynapticConfig.preset("core")))
+    p.init_weights()
+    p = p.params()
+    names = list(presyn_codegen.states_of(PresynState.rest(1, 1, 1, params=p)))
+    signature = presyn_codegen.signature_of(p, names, ["bias"], False, "layer")
+    presyn_kernels.kernels_for(signature)
+    constants = torch.stack(list(presyn_codegen.constants_of(p).values())).detach().requires_grad_()
+    theta = torch.zeros(2, requires_grad=True)
+    for kv_heads, gated in ((2, True), (1, False)):
+        q, k = (torch.randn(1, heads, 20, 16, requires_grad=True) for heads in (2, kv_heads))
+        v = torch.randn(1, 20, kv_heads, 16).transpose(1, 2).requires_grad_()  # as the projections leave it
+        gate = (torch.rand(1, 2, 20, requires_grad=True), torch.ones(2, requires_grad=True)) if gated else (None, None)
+        drawn = (None, None, None, None)
+        torch.library.opcheck(fused.fused_op, (q, k, v, theta, constants, *gate, *drawn, signature, 0.25, 30.0, None, "phi"))
+
+
+def unbroken():
+    """A whole model with fused layers is one graph for the compiler, with the same gradients."""
+    model, ids = make_model("default", backend="fused", n_embd=32, n_head=2, n_kv_head=2, n_layer=2), make_ids(batch=1, length=16)
+    want = torch.autograd.grad(model(ids, ids.roll(-1, 1)), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(ids, ids.roll(-1, 1)), list(model.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_kernels_read_nothing_that_was_not_written_and_keep_their_promises_to_the_compiler():
+    run_interpreted("from tests.kernels.test_fused import poisoned, promised, unbroken\nunbroken()\npoisoned()\npromised()")
 
 
 def served_by(synapses: str, **options) -> list[str]:
