@@ -1,9 +1,9 @@
 """The fused execution of a whole synaptic attention layer as one differentiable operator.
 
-Forward: drive, terminals, attention, one kernel each. Backward: drive and terminals again, then dk, dv and the gradient of the
-bias, the terminals in reverse time, dk of the drive, and dq. What passes between two kernels belongs to a tick and a key; it
-lives in a workspace of bounded size for a few pairs of batch row and head at a time, and nothing of it is kept between forward
-and backward.
+Forward: drive, terminals, attention, one kernel each. Backward: the terminals again, then dk, dv and the gradient of the bias,
+the terminals in reverse time, dk of the drive, and dq. What passes between two kernels belongs to a tick and a key; it lives in
+a workspace of bounded size for a few pairs of batch row and head at a time. Of it only the drive is kept between forward and
+backward, and in long contexts not even that: then the backward computes it again.
 
 Dimensions: B batch, H query heads, Hkv key heads, T tokens, N ticks, D head size; S state variables, C constants of the terminals.
 """
@@ -70,6 +70,11 @@ def attention(
     return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
 
 
+def _keeping(q: Tensor, ticks: int) -> int:
+    """How many pairs keep their drive: all, or none where it would take more memory than q, k, v and y."""
+    return q.shape[0] * q.shape[1] if ticks <= 4 * q.shape[3] else 0
+
+
 class _Layer(NamedTuple):
     """What the kernels of both directions share."""
 
@@ -113,9 +118,8 @@ class _Layer(NamedTuple):
         return check.new_empty(self.every if self.kernels.spec.unroll == 1 else 0, *check.shape[1:])
 
     def kept(self) -> Tensor:
-        """Room for the drive of all pairs, or nothing where it would take more memory than q, k, v and y."""
-        batch, heads, _, dim = self.q.shape
-        return self.buffer(batch * heads if self.ticks <= 4 * dim else 0, dtype=self.q.dtype)
+        """Room for the drive of the pairs that keep it."""
+        return self.buffer(_keeping(self.q, self.ticks), dtype=self.q.dtype)
 
     def sites(self, kept: Tensor, known: bool) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
         """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks.
@@ -176,8 +180,7 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 @fused_op.register_fake
 def _(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, limit, window, kind):
     ticks = num_ticks(0, q.shape[2], Spec.parse(signature).tick)
-    pairs = q.shape[0] * q.shape[1] if ticks <= 4 * q.shape[3] else 0
-    return *_outputs(q), q.new_empty(pairs, ticks, q.shape[2])
+    return *_outputs(q), q.new_empty(_keeping(q, ticks), ticks, q.shape[2])
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention_adjoint", mutates_args=())
