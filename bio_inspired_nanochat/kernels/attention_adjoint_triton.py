@@ -30,6 +30,7 @@ from bio_inspired_nanochat.kernels.tiles import (
     rows,
     store_ticks,
     strides,
+    tick_columns,
     tile_for,
 )
 
@@ -91,10 +92,7 @@ def _backward_keys(
     live = key[:, None] < keys
     k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=live, other=0.0)
     v = tl.load(rows(v_ptr, batch, head // group, v_b, v_h, v_t, key, D), mask=live, other=0.0)
-    spread, collect = tl.trans(one_hot(M, C, R)).to(k.dtype), one_hot(M, C, NB)
-    if M // C < NB:
-        collect = tl.where(tl.arange(0, NB)[None, :] < M // C, collect, 0.0)
-    collect = collect.to(k.dtype)
+    spread, collect = tl.trans(one_hot(M, C, R)).to(k.dtype), tick_columns(M, C, NB).to(k.dtype)
     base = q_start // C * C
     gk, gv = tl.zeros([K, D], tl.float32), tl.zeros([K, D], tl.float32)
     end = q_start + queries - base
@@ -273,23 +271,9 @@ def row_products(grad: Tensor, y: Tensor, stat: Tensor, scale: float) -> tuple[T
     stats, planes = stats_of(y.dtype), planes_of(y.dtype)
     delta, side = torch.empty_like(stat), y.new_empty(batch, heads, stats + planes, queries)
     launch(
-        _row_products,
-        (triton.cdiv(queries, 64), batch * heads),
-        grad,
-        *strides(grad),
-        y,
-        *strides(y),
-        stat,
-        delta,
-        side,
-        math.log(2) / scale,
-        heads,
-        queries,
-        D=dim,
-        M=64,
-        STATS=stats,
-        P=planes,
-    )
+        _row_products, (triton.cdiv(queries, 64), batch * heads),
+        grad, *strides(grad), y, *strides(y), stat, delta, side, math.log(2) / scale, heads, queries, D=dim, M=64, STATS=stats, P=planes,
+    )  # fmt: skip
     return delta, side
 
 

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from bio_inspired_nanochat.kernels import codegen, presyn_codegen
 from bio_inspired_nanochat.kernels.presyn_codegen import Spec, constants_of, signature_of, states_of
-from bio_inspired_nanochat.kernels.tiles import FAST, LOG2E, head_obstacle, launch, power2
+from bio_inspired_nanochat.kernels.tiles import FAST, KINDS, LOG2E, drive_above, head_obstacle, launch, power2
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
-KINDS = {"phi": 0, "softplus": 1}
 BARRIERS = {"none": 0, "gated": 1, "linear": 2}
 PROGRAMS = 2048  # a few for every multiprocessor of the largest card
 TILE_BYTES = 8192  # of keys that a program loads at once
@@ -88,12 +87,7 @@ def _attend(
         x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
         place = row * length + key
         if TERMINALS:
-            above = x - theta
-            if KIND == 0:
-                raised = tl.maximum(above + 1.0, 0.0)
-                raised = tl.where(above < 1.0, 0.25 * raised * raised, above)
-            else:
-                raised = tl.maximum(above, 0.0) + _log1p(tl.exp(-tl.abs(above)))
+            raised = drive_above(x, 1.0, theta, KIND)
             tl.store(drive_ptr + place, tl.load(drive_ptr + place, mask=old, other=0.0) + raised * share, mask=old)
             x += tl.load(beta_ptr + place, mask=old, other=0.0)
         if BARRIER == 1:

@@ -16,9 +16,11 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.tiles import (
     FEWEST,
+    KINDS,
     Site,
     allowed,
     dense,
+    drive_above,
     drive_slope,
     fill_zeros,
     key_gradients,
@@ -27,25 +29,13 @@ from bio_inspired_nanochat.kernels.tiles import (
     load_planes,
     one_hot,
     rows,
-    saturate,
     store_ticks,
     strides,
     sum_groups,
+    tick_columns,
     tile_for,
     to_planes,
 )
-
-KINDS = {"phi": 0, "softplus": 1}
-
-
-@triton.jit
-def _raised(x, scale, theta, KIND: tl.constexpr):
-    """phi or softplus of the logit x * scale - theta, `kernels.reference.phi`."""
-    if KIND == 0:
-        low = saturate(x, 0.5 * scale, 0.5 - 0.5 * theta)
-        return low * low + 2.0 * tl.maximum(x * (0.5 * scale) - (0.5 + 0.5 * theta), 0.0)
-    above = x * scale - theta
-    return tl.maximum(above, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(above)))
 
 
 @triton.jit
@@ -64,7 +54,7 @@ def _collect_tiles(
             q = tl.load(q_at)
         else:
             q = tl.load(q_at, mask=((query >= 0) & (query < queries))[:, None], other=0.0)
-        raised = _raised(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, theta, KIND)
+        raised = drive_above(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, theta, KIND)
         if MASKED:
             raised = tl.where(
                 allowed(place[None, :], key[:, None], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False),
@@ -86,10 +76,7 @@ def _forward(
     batch, head = row // heads, row % heads
     key = tl.program_id(0) * K + tl.arange(0, K)
     k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=key[:, None] < keys, other=0.0)
-    collect = one_hot(M, C, NB)
-    if M // C < NB:
-        collect = tl.where(tl.arange(0, NB)[None, :] < M // C, collect, 0.0)
-    collect = collect.to(k.dtype)
+    collect = tick_columns(M, C, NB).to(k.dtype)
     theta = tl.load(theta_ptr + head)
     base = q_start // C * C
     end = q_start + queries - base
@@ -182,8 +169,7 @@ def _backward_keys(
     if ADD:
         gk += tl.load(at, mask=live, other=0.0).to(tl.float32)
     tl.store(at, gk, mask=live)
-    first_column = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, gtheta, 0.0), 1)
-    tl.store(gtheta_ptr + row * tl.num_programs(0) + tl.program_id(0), -tl.sum(first_column, 0))
+    tl.store(gtheta_ptr + row * tl.num_programs(0) + tl.program_id(0), -tl.sum(tl.max(gtheta, 1), 0))  # 16 equal columns
 
 
 @triton.jit
@@ -277,21 +263,9 @@ def tick_drive_adjoint(
     backward_keys(q, k, theta, KINDS[kind], planes, site, gk, shares, add=False)
     tile = tile_for("drive_queries", q, tick)
     launch(
-        _backward_queries,
-        site.query_grid(q, tile),
-        q,
-        *strides(q),
-        k,
-        *strides(k),
-        theta,
-        planes,
-        site.mask(q),
-        gq,
-        scale,
-        *site.sizes(q, k),
-        **site.static(q, k, tile),
-        KIND=KINDS[kind],
-    )
+        _backward_queries, site.query_grid(q, tile),
+        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gq, scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=KINDS[kind],
+    )  # fmt: skip
     return gq, sum_groups(gk, k), shares.sum((0, 2))
 
 

@@ -25,7 +25,7 @@ from bio_inspired_nanochat.kernels.presyn_kernels import Kernels, kernels_for
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
 from bio_inspired_nanochat.kernels.scan_triton import running_sum, sum_from_end
-from bio_inspired_nanochat.kernels.tiles import Site, dense, key_gradients, launch, planes_of, sum_groups
+from bio_inspired_nanochat.kernels.tiles import KINDS, Site, dense, key_gradients, launch, planes_of, sum_groups
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 # Largest |logit| + beta_max whose exponentials and their sums stay well inside float32 without a running maximum.
@@ -98,7 +98,7 @@ class _Layer(NamedTuple):
         gate = (None, None) if cost is None else (running_sum(cost), strength.contiguous())
         noise = () if key is None else (key, first, layer)
         return cls(
-            dense(q), dense(k), dense(v), *plain, *gate, doc, noise, kernels_for(signature), scale, window, drive_triton.KINDS[kind]
+            dense(q), dense(k), dense(v), *plain, *gate, doc, noise, kernels_for(signature), scale, window, KINDS[kind]
         )  # fmt: skip
 
     @property

@@ -23,6 +23,7 @@ from bio_inspired_nanochat.kernels.masks import num_ticks
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAST = tl.constexpr(not INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+KINDS = {"phi": 0, "softplus": 1}  # of the drive, as kernels take them
 
 
 @triton.jit
@@ -68,6 +69,16 @@ def saturate(x, factor, summand):
 
 
 @triton.jit
+def drive_above(x, scale, theta, KIND: tl.constexpr):
+    """phi or softplus of the logit x * scale - theta, `kernels.reference.phi`."""
+    if KIND == 0:
+        low = saturate(x, 0.5 * scale, 0.5 - 0.5 * theta)
+        return low * low + 2.0 * tl.maximum(x * (0.5 * scale) - (0.5 + 0.5 * theta), 0.0)
+    above = x * scale - theta
+    return tl.maximum(above, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(above)))
+
+
+@triton.jit
 def drive_slope(x, scale, theta, KIND: tl.constexpr):
     """Derivative of phi (KIND 0) or softplus (1) at the logit x * scale - theta."""
     if KIND == 0:
@@ -102,6 +113,12 @@ def one_hot(M: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
     """[M, R]: 1 where a query lies in the tick of a row of planes (rows repeat the N = M / C ticks of the tile)."""
     N: tl.constexpr = M // C
     return tl.where((tl.arange(0, M) // C)[:, None] == (tl.arange(0, R) % N)[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def tick_columns(M: tl.constexpr, C: tl.constexpr, NB: tl.constexpr):
+    """[M, NB]: 1 where a query lies in the tick of a column; columns beyond the N ticks of the tile are 0."""
+    return tl.where((tl.arange(0, M) // C)[:, None] == tl.arange(0, NB)[None, :], 1.0, 0.0)
 
 
 @triton.jit
