@@ -25,7 +25,8 @@ def trace(function: Callable, inputs: int) -> fx.GraphModule:
     examples = [torch.rand(3) * 0.5 + 0.25 for _ in range(inputs)]
     lists = (torch.ops.aten.stack.default, torch.ops.aten.unbind.int)
     table = {name: rule for name, rule in core_aten_decompositions().items() if name not in lists}
-    module = make_fx(function, decomposition_table=table)(*examples)
+    # without overwritten values, whose clones would be merged with those of their neighbours
+    module = make_fx(torch.func.functionalize(function, remove="mutations"), decomposition_table=table)(*examples)
     _merge_equal(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -36,7 +37,7 @@ def _merge_equal(graph: fx.Graph) -> None:
     """Let equal operations on equal inputs be one node, so that a constant of a head is handed over once."""
     known: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op == "call_function" and not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        if node.op == "call_function":
             first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
             if first is not node:
                 node.replace_all_uses_with(first)
@@ -174,7 +175,7 @@ _SAME = {"alias", "detach", "clone", "lift_fresh_copy", "_to_copy", "view", "exp
 def _operation(node: fx.Node) -> str:
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "overloadpacket", target).__name__
-    return name.rstrip("_")
+    return name
 
 
 def emit(module: fx.GraphModule, inputs: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
@@ -204,8 +205,6 @@ def emit(module: fx.GraphModule, inputs: Sequence[str], prefix: str) -> tuple[li
             return lines, [resolve(argument) for argument in _flat(node.args[0])]
         else:
             values[node] = _call(node, [resolve(argument) for argument in node.args], lines, known, prefix)
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-                values[node.args[0]] = values[node]  # whoever reads the overwritten value later means the new one
     raise AssertionError("a graph ends with its output")
 
 
@@ -217,8 +216,6 @@ def _call(node: fx.Node, arguments: list[Value], lines: list[str], known: dict[s
     name = _operation(node)
     if name in _SAME:
         return arguments[0]
-    if name == "copy":
-        return arguments[1]
     if name in ("stack", "unbind"):  # the only lists are the slots of a ring, put together and taken apart
         return arguments[0]
     if name == "getitem":
