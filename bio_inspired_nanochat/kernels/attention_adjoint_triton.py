@@ -125,10 +125,11 @@ def _backward_keys(
 @triton.jit
 def _query_tiles(
     gq, total, low, high, q, gy, stat, delta, hot, place, theta, scale,
-    k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, gplane_ptr, doc_ptr,
+    k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, plane_ptr, gdrive_ptr, doc_ptr,
     batch, source, tick, base, q_start, end, keys, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, GR: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys [low, high) to dq, and with ROWS the gradients of their logits to `total`, [M, 16] with equal columns."""
     column = tl.arange(0, 16)[None, :]
@@ -153,8 +154,8 @@ def _query_tiles(
         if ROWS:  # rounded as in the pass over keys, where the same values are summed the other way
             total = tl.dot(g.to(k.dtype), tl.trans(ones), total, input_precision=PRECISION)
         if KIND >= 0:
-            planes = load_planes(gplane_ptr, tick, base, key, ticks, keys, C, M, P, R, MASKED)
-            driven = drive_slope(x, scale, theta, KIND) * tl.dot(hot, planes, input_precision=PRECISION)
+            gdrive = load_planes(gdrive_ptr, tick, base, key, ticks, keys, C, M, 1, GR, MASKED)
+            driven = drive_slope(x, scale, theta, KIND) * tl.dot(one_hot(M, C, GR).to(k.dtype), gdrive, input_precision=PRECISION)
             if MASKED:
                 driven = tl.where(
                     allowed(place[:, None], key[None, :], end, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False), driven, 0.0
@@ -166,12 +167,12 @@ def _query_tiles(
 
 @triton.jit
 def _backward_queries(
-    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, gplane_ptr, theta_ptr, doc_ptr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t, gy_ptr, gy_b, gy_h, gy_t, plane_ptr, gdrive_ptr, theta_ptr, doc_ptr,
     stat_ptr, delta_ptr, gq_ptr, total_ptr, scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
-    DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, GR: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries, with KIND >= 0 that of the drive too (gplane: its gradient); the longest tiles come first."""
+    """dq of one tile of queries, with KIND >= 0 that of the drive too (gdrive: its gradient); the longest tiles come first."""
     row = first + tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     base = q_start // C * C
@@ -190,19 +191,19 @@ def _backward_queries(
     if WINDOW:
         low = tl.maximum(base + start - window + 1, 0) // K * K
     high = tl.minimum(keys, base + start + M)
-    local = tl.program_id(1).to(tl.int64) * P * ticks * keys
+    local = tl.program_id(1).to(tl.int64) * ticks * keys
     plain = low
     if EXACT:
         plain = start // K * K
         gq, total = _query_tiles(
             gq, total, low, plain, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
-            plane_ptr + local, gplane_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
-            C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, ROWS, PRECISION, False,
+            plane_ptr + local * P, gdrive_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
+            C, D, M, K, R, WINDOW, DOC, EXACT, PRECISION, P, GR, KIND, ROWS, False,
         )  # fmt: skip
     gq, total = _query_tiles(
         gq, total, plain, high, q, gy, stat, delta, hot, place, theta, scale, k_ptr, k_b, k_h, k_t, v_ptr, v_b, v_h, v_t,
-        plane_ptr + local, gplane_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
-        C, D, M, K, P, R, WINDOW, DOC, EXACT, KIND, ROWS, PRECISION, True,
+        plane_ptr + local * P, gdrive_ptr + local, doc_ptr, batch, head // group, start // C, base, q_start, end, keys, docs, window, ticks,
+        C, D, M, K, R, WINDOW, DOC, EXACT, PRECISION, P, GR, KIND, ROWS, True,
     )  # fmt: skip
     if ROWS:
         tl.store(total_ptr + row * queries + query, tl.max(total, 1), mask=real)
@@ -218,16 +219,17 @@ def backward_keys(
     launch(
         _backward_keys, site.key_grid(k, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes, site.mask(q), side,
-        gk, *strides(gk), gv, *strides(gv), gbeta, site.scale, *site.sizes(q, k), **site.static(q, k, tile),
-        NB=max(FEWEST, tile.queries // site.tick), STATS=stats_of(q.dtype), FILL=fill,
+        gk, *strides(gk), gv, *strides(gv), gbeta, site.scale, *site.sizes(q, k), **site.static(q, k, tile, planes_of(q.dtype)),
+        P=planes_of(q.dtype), NB=max(FEWEST, tile.queries // site.tick), STATS=stats_of(q.dtype), FILL=fill,
     )  # fmt: skip
 
 
 def backward_queries(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, stat: Tensor, delta: Tensor, site: Site,
-    gq: Tensor, gplanes: Tensor | None = None, theta: Tensor | None = None, kind: int = -1, total: Tensor | None = None,
+    gq: Tensor, gdrive: Tensor | None = None, theta: Tensor | None = None, kind: int = -1, total: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill gq; with gplanes, the drive's gradient as planes, also the drive's part of it (theta and kind as in `tick_drive`).
+    """Fill gq; with gdrive [pairs, N, Tk], the drive's gradient in q's dtype, also the drive's part of it (theta and kind as in
+    `tick_drive`).
 
     total [B, H, Tq]: to fill with the sums of the gradients of every query's logits, zero but for rounding.
     """
@@ -235,8 +237,9 @@ def backward_queries(
     launch(
         _backward_queries, site.query_grid(q, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), grad, *strides(grad), planes,
-        *((planes, stat) if gplanes is None else (gplanes, theta)), site.mask(q), stat, delta,
-        gq, stat if total is None else total, site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind, ROWS=total is not None,
+        *((planes, stat) if gdrive is None else (gdrive, theta)), site.mask(q), stat, delta,
+        gq, stat if total is None else total, site.scale, *site.sizes(q, k), **site.static(q, k, tile, planes_of(q.dtype)),
+        P=planes_of(q.dtype), GR=max(FEWEST, tile.queries // site.tick), KIND=kind, ROWS=total is not None,
     )  # fmt: skip
 
 

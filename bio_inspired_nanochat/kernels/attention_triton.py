@@ -27,6 +27,7 @@ from bio_inspired_nanochat.kernels.tiles import (
     launch,
     load_planes,
     one_hot,
+    planes_of,
     power2,
     rows,
     strides,
@@ -140,8 +141,8 @@ def forward(
     launch(
         _forward, site.query_grid(q, tile),
         q, *strides(q), k, *strides(k), v, *strides(v), planes, site.mask(q), *((q, q) if barrier is None else (barrier, strength)),
-        y, *strides(y), stat, limit or 0.0, q.shape[0] * q.shape[1], site.scale, *site.sizes(q, k), **site.static(q, k, tile),
-        BOUNDED=limit is not None, BARRIER=barrier is not None,
+        y, *strides(y), stat, limit or 0.0, q.shape[0] * q.shape[1], site.scale, *site.sizes(q, k), **site.static(q, k, tile, planes_of(q.dtype)),
+        P=planes_of(q.dtype), BOUNDED=limit is not None, BARRIER=barrier is not None,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ and `exponential` of `kernels.tiles`, because exactly rounded ones cost many ins
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -112,7 +113,6 @@ EXPM1 = (
     "tl.where(tl.abs({x}) < 0.1, {x} * (1.0 + {x} * (0.5 + {x} * (1.0 / 6 + {x} * (1.0 / 24 + {x} * (1.0 / 120 + {x} / 720))))), "
     "exponential({x}) - 1.0)"
 )
-TANH = "(1.0 - 2.0 * reciprocal(1.0 + exponential(2.0 * {x})))"
 
 
 def _divide(a: str, b: str) -> str:
@@ -122,6 +122,19 @@ def _divide(a: str, b: str) -> str:
         return f"({a} * reciprocal({b}))"
 
 
+def _power(factor: float, x: str, known: dict[str, str]) -> str:
+    """e ** (factor * x); a constant factor of x joins the other one."""
+    definition = next((expression for expression, name in known.items() if name == x), "")
+    scaled = re.fullmatch(r"\((\w+) \* (-?[\d.e+-]+)\)", definition)
+    x, factor = (scaled[1], factor * float(scaled[2])) if scaled else (x, factor)
+    return f"power2({x} * {factor * math.log2(math.e)!r})"
+
+
+# Rules that look at how their argument was made.
+_POWERS: dict[str, Callable[..., str]] = {
+    "exp": lambda a, known: _power(1.0, a, known),
+    "tanh": lambda a, known: f"(1.0 - 2.0 * reciprocal(1.0 + {_power(2.0, a, known)}))",
+}
 _RULES: dict[str, Callable[..., str]] = {
     "add": _binary("+"),
     "sub": _binary("-"),
@@ -143,7 +156,6 @@ _RULES: dict[str, Callable[..., str]] = {
     "neg": lambda a: f"(-{a})",
     "abs": lambda a: f"tl.abs({a})",
     "sign": lambda a: f"tl.where({a} > 0, 1.0, tl.where({a} < 0, -1.0, 0.0))",
-    "exp": lambda a: f"exponential({a})",
     "expm1": lambda a: EXPM1.format(x=a),
     "log": lambda a: f"logarithm({a})",
     "log1p": lambda a: f"logarithm(1.0 + {a})",
@@ -151,7 +163,6 @@ _RULES: dict[str, Callable[..., str]] = {
     "rsqrt": lambda a: f"(1.0 / tl.sqrt({a}))",
     "reciprocal": lambda a: f"reciprocal({a})",
     "sigmoid": lambda a: f"reciprocal(1.0 + exponential(-{a}))",
-    "tanh": lambda a: TANH.format(x=a),
     "pow": _pow,
     "minimum": lambda a, b: f"tl.minimum({a}, {b})",
     "maximum": lambda a, b: f"tl.maximum({a}, {b})",
@@ -224,9 +235,9 @@ def _call(node: fx.Node, arguments: list[Value], lines: list[str], known: dict[s
         return arguments[0][node.args[2]]
     if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
         arguments[1] = f"({_number(node.kwargs['alpha'])} * {arguments[1]})"
-    if name not in _RULES:
+    if name not in _RULES and name not in _POWERS:
         raise NotImplementedError(f"no Triton form of {node.target}")
-    expression = _RULES[name](*arguments)
+    expression = _RULES[name](*arguments) if name in _RULES else _POWERS[name](*arguments, known)
     if name in _LITERALS:
         return expression
     if expression not in known:

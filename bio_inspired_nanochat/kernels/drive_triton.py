@@ -34,7 +34,6 @@ from bio_inspired_nanochat.kernels.tiles import (
     sum_groups,
     tick_columns,
     tile_for,
-    to_planes,
 )
 
 
@@ -68,7 +67,7 @@ def _collect_tiles(
 def _forward(
     q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, doc_ptr, u_ptr,
     scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, NB: tl.constexpr,
     WINDOW: tl.constexpr, DOC: tl.constexpr, EXACT: tl.constexpr, FILL: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of keys of one head against every query tile; tiles start on a tick."""
@@ -102,9 +101,9 @@ def _forward(
 
 @triton.jit
 def _key_tiles(
-    gk, gtheta, low, high, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, plane_ptr, doc_ptr,
+    gk, gtheta, low, high, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, gdrive_ptr, doc_ptr,
     batch, head, base, q_start, queries, keys, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
     EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of queries that start in [low, high), counted from `base`, to dk and dtheta."""
@@ -117,9 +116,9 @@ def _key_tiles(
             q = tl.load(q_at)
         else:
             q = tl.load(q_at, mask=((query >= 0) & (query < queries))[:, None], other=0.0)
-        planes = load_planes(plane_ptr, start // C, base, key, ticks, keys, C, M, P, R, MASKED)
+        gdrive = load_planes(gdrive_ptr, start // C, base, key, ticks, keys, C, M, 1, R, MASKED)
         g = drive_slope(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, theta, KIND)
-        g *= tl.dot(tl.trans(planes), spread, input_precision=PRECISION)
+        g *= tl.dot(tl.trans(gdrive), spread, input_precision=PRECISION)
         if MASKED:
             g = tl.where(
                 allowed(place[None, :], key[:, None], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False),
@@ -134,9 +133,9 @@ def _key_tiles(
 
 @triton.jit
 def _backward_keys(
-    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, plane_ptr, doc_ptr, gk_ptr, gk_b, gk_h, gk_t, gtheta_ptr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, gdrive_ptr, doc_ptr, gk_ptr, gk_b, gk_h, gk_t, gtheta_ptr,
     scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     DOC: tl.constexpr, EXACT: tl.constexpr, ADD: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk of one block of keys (per query head; ADD: on top of what is there), and its share of dtheta."""
@@ -151,18 +150,18 @@ def _backward_keys(
     gk = tl.zeros([K, D], tl.float32)
     gtheta = tl.zeros([K, 16], tl.float32)
     low, high = key_span(tl.program_id(0), base, q_start + queries - base, window, M, K, WINDOW)
-    plane_at = plane_ptr + tl.program_id(1).to(tl.int64) * P * ticks * keys
+    gdrive_at = gdrive_ptr + tl.program_id(1).to(tl.int64) * ticks * keys
     plain = high
     if EXACT:
         plain = tl.minimum(high, low + tl.cdiv(tl.program_id(0) * K + K - low, M) * M)
     gk, gtheta = _key_tiles(
-        gk, gtheta, low, plain, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, plane_at, doc_ptr,
-        batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, True,
+        gk, gtheta, low, plain, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, gdrive_at, doc_ptr,
+        batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, R, WINDOW, DOC, EXACT, KIND, PRECISION, True,
     )  # fmt: skip
     if EXACT:
         gk, gtheta = _key_tiles(
-            gk, gtheta, plain, high, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, plane_at, doc_ptr,
-            batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, P, R, WINDOW, DOC, EXACT, KIND, PRECISION, False,
+            gk, gtheta, plain, high, k, key, spread, theta, scale, q_ptr, q_b, q_h, q_t, gdrive_at, doc_ptr,
+            batch, head, base, q_start, queries, keys, docs, window, ticks, C, D, M, R, WINDOW, DOC, EXACT, KIND, PRECISION, False,
         )  # fmt: skip
     at = rows(gk_ptr, batch, head, gk_b, gk_h, gk_t, key, D)
     gk *= scale
@@ -174,9 +173,9 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries(
-    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, plane_ptr, doc_ptr, gq_ptr,
+    q_ptr, q_b, q_h, q_t, k_ptr, k_b, k_h, k_t, theta_ptr, gdrive_ptr, doc_ptr, gq_ptr,
     scale, first, q_start, queries, keys, heads, group, docs, window, ticks,
-    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr,
     DOC: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries; the longest tiles come first."""
@@ -194,13 +193,13 @@ def _backward_queries(
     low = 0
     if WINDOW:
         low = tl.maximum(base + start - window + 1, 0) // K * K
-    plane_at = plane_ptr + tl.program_id(1).to(tl.int64) * P * ticks * keys
+    gdrive_at = gdrive_ptr + tl.program_id(1).to(tl.int64) * ticks * keys
     for begin in range(low, tl.minimum(keys, base + start + M), K):
         key = begin + tl.arange(0, K)
         k = tl.load(rows(k_ptr, batch, head // group, k_b, k_h, k_t, key, D), mask=key[:, None] < keys, other=0.0)
-        planes = load_planes(plane_at, start // C, base, key, ticks, keys, C, M, P, R, True)
+        gdrive = load_planes(gdrive_at, start // C, base, key, ticks, keys, C, M, 1, R, True)
         g = drive_slope(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, theta, KIND)
-        g *= tl.dot(hot, planes, input_precision=PRECISION)
+        g *= tl.dot(hot, gdrive, input_precision=PRECISION)
         seen = allowed(place[:, None], key[None, :], q_start + queries, q_start, keys, doc_ptr, batch, docs, window, WINDOW, DOC, False)
         gq = tl.dot(tl.where(seen, g, 0.0).to(k.dtype), k, gq, input_precision=PRECISION)
     tl.store(rows(gq_ptr, batch, head, q_b, q_h, q_t, query, D), gq * scale, mask=real[:, None])
@@ -222,13 +221,13 @@ def theta_shares(q: Tensor, k: Tensor, tick: int) -> Tensor:
 
 
 def backward_keys(
-    q: Tensor, k: Tensor, theta: Tensor, kind: int, planes: Tensor, site: Site, gk: Tensor, shares: Tensor, *, add: bool
+    q: Tensor, k: Tensor, theta: Tensor, kind: int, gdrive: Tensor, site: Site, gk: Tensor, shares: Tensor, *, add: bool
 ) -> None:
-    """Fill gk [B, H, Tk, D] or add to it, from the drive's gradient as planes, and `theta_shares`."""
+    """Fill gk [B, H, Tk, D] or add to it, from the drive's gradient [pairs, N, Tk] in q's dtype, and `theta_shares`."""
     tile = tile_for("drive_keys", q, site.tick)
     launch(
         _backward_keys, site.key_grid(k, tile),
-        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gk, *strides(gk), shares,
+        q, *strides(q), k, *strides(k), theta, gdrive, site.mask(q), gk, *strides(gk), shares,
         site.scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=kind, ADD=add,
     )  # fmt: skip
 
@@ -258,13 +257,13 @@ def tick_drive_adjoint(
     """Gradients of q, k and theta from that of the drive."""
     q, k, theta = dense(q), dense(k), theta.contiguous()
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
-    planes, gq, gk = to_planes(grad, q.dtype), torch.empty_like(q), key_gradients(q, k)
+    gdrive, gq, gk = grad.to(q.dtype).contiguous(), torch.empty_like(q), key_gradients(q, k)
     shares = theta_shares(q, k, tick)
-    backward_keys(q, k, theta, KINDS[kind], planes, site, gk, shares, add=False)
+    backward_keys(q, k, theta, KINDS[kind], gdrive, site, gk, shares, add=False)
     tile = tile_for("drive_queries", q, tick)
     launch(
         _backward_queries, site.query_grid(q, tile),
-        q, *strides(q), k, *strides(k), theta, planes, site.mask(q), gq, scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=KINDS[kind],
+        q, *strides(q), k, *strides(k), theta, gdrive, site.mask(q), gq, scale, *site.sizes(q, k), **site.static(q, k, tile), KIND=KINDS[kind],
     )  # fmt: skip
     return gq, sum_groups(gk, k), shares.sum((0, 2))
 

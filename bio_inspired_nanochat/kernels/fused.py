@@ -121,38 +121,40 @@ class _Layer(NamedTuple):
         """Room for the drive of the pairs that keep it."""
         return self.buffer(_keeping(self.q, self.ticks), dtype=self.q.dtype)
 
-    def sites(self, kept: Tensor, known: bool) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
+    def sites(self, kept: Tensor, backward: bool) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
         """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks.
 
-        kept: see there; known: it holds the drive already.
+        kept: see there; backward: it holds the drive already, if it is kept, and the states are needed.
         """
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
         most = min(pairs, max(1, WORKSPACE // (self.ticks * keys)))
         spec = self.kernels.spec
         planes = self.buffer(most, planes_of(self.q.dtype), dtype=self.q.dtype)
         spare = None if len(kept) else self.buffer(most, dtype=self.q.dtype)
-        check = torch.empty(-(-self.ticks // self.every), len(spec.states), most, keys, device=self.q.device)
+        check = torch.empty(-(-self.ticks // self.every) if backward else 0, len(spec.states), most, keys, device=self.q.device)
         for first in range(0, pairs, most):
             site = Site(spec.tick, self.scale, 0, self.window, self.doc, first, min(most, pairs - first))
             drive = kept[first : first + site.count] if spare is None else spare
-            if spare is not None or not known:
+            if spare is not None or not backward:
                 drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
-            self._launch(self.kernels.forward, site, drive, self.constants, planes, check, *self._gate(), 1 / self.scale)
+            operands = (drive, self.constants, planes, check, *self._gate(), 1 / self.scale)
+            self._launch(self.kernels.forward, site, *operands, P=planes_of(self.q.dtype), CHECK=backward)
             yield site, drive, planes, check
 
     def _gate(self) -> tuple[Tensor, Tensor]:
         return (self.theta, self.theta) if self.barrier is None else (self.barrier, self.strength)
 
-    def _launch(self, kernel: Any, site: Site, *arguments: Any) -> None:
+    def _launch(self, kernel: Any, site: Site, *arguments: Any, **static: Any) -> None:
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
+        exact = keys % BLOCK == 0 and keys == self.ticks * self.kernels.spec.tick and self.ticks % self.every == 0
         launch(
             kernel, (site.count, -(-keys // BLOCK)), *arguments, site.first, pairs, self.ticks, keys, self.q.shape[1], self.every, *self.noise,
-            BARRIER=self.barrier is not None, P=planes_of(self.q.dtype), **LAUNCH,
+            BARRIER=self.barrier is not None, EXACT=exact, **static, **LAUNCH,
         )  # fmt: skip
 
-    def reverse(self, site: Site, drive: Tensor, planes: Tensor, check: Tensor, gbeta: Tensor, scratch: Tensor, sums: tuple) -> None:
-        """Replace `planes` by the gradient of the drive; add this site's gradients of barrier, strength and constants to `sums`."""
-        self._launch(self.kernels.backward, site, drive, self.constants, check, scratch, gbeta, planes, *self._gate(), *sums)
+    def reverse(self, site: Site, drive: Tensor, gdrive: Tensor, check: Tensor, gbeta: Tensor, scratch: Tensor, sums: tuple) -> None:
+        """Fill the gradient of the drive; add this site's gradients of barrier, strength and constants to `sums`."""
+        self._launch(self.kernels.backward, site, drive, self.constants, check, scratch, gbeta, gdrive, *self._gate(), *sums)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention", mutates_args=())
@@ -167,7 +169,7 @@ def fused_op(
     it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     y, stat = _outputs(q)
     kept = it.kept()
-    for site, _, planes, _ in it.sites(kept, known=False):
+    for site, _, planes, _ in it.sites(kept, backward=False):
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, limit, site, y, stat)
     return y, stat, kept
 
@@ -200,15 +202,15 @@ def fused_adjoint(
     gbarrier = delta.new_empty(batch, heads, tokens if cost is not None else 0)
     gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
     rows = None if cost is None else torch.empty_like(delta)
-    gbeta = scratch = None
-    for site, drive, planes, check in it.sites(kept, known=True):
+    gbeta = gdrive = scratch = None
+    for site, drive, planes, check in it.sites(kept, backward=True):
         gbeta = it.buffer(planes.shape[0]) if gbeta is None else gbeta
+        gdrive = torch.empty_like(gbeta, dtype=q.dtype) if gdrive is None else gdrive
         scratch = it.scratch(check) if scratch is None else scratch
         attention_adjoint_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
-        gplanes = torch.empty_like(planes)
-        it.reverse(site, drive, gplanes, check, gbeta, scratch, (gbarrier, gstrength, partial))
-        drive_triton.backward_keys(q, k, it.theta, it.kind, gplanes, site, gk, shares, add=True)
-        attention_adjoint_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gplanes, it.theta, it.kind, rows)
+        it.reverse(site, drive, gdrive, check, gbeta, scratch, (gbarrier, gstrength, partial))
+        drive_triton.backward_keys(q, k, it.theta, it.kind, gdrive, site, gk, shares, add=True)
+        attention_adjoint_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gdrive, it.theta, it.kind, rows)
     gconstants = torch.empty_like(it.constants)
     launch(it.kernels.finish, (heads, 1), it.constants, partial, gconstants, batch, heads, blocks, **LAUNCH)
     gk, gv = sum_groups(gk, k), sum_groups(gv, v)
@@ -230,6 +232,7 @@ def _(grad, y, stat, kept, q, k, v, theta, constants, cost, *rest):
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.signature, ctx.scale, _, ctx.window, ctx.kind = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # else the kept drive, which nobody differentiates, gets zeros of its size
 
 
 def _backward(ctx, grad, *_):

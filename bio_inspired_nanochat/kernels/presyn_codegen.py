@@ -181,10 +181,28 @@ def _draws_first(body: fx.GraphModule, at: int, draws: int) -> Callable[..., Any
     return moved
 
 
+def indented(lines: list[str], depth: int) -> list[str]:
+    """Lines that many levels further in."""
+    return ["    " * depth + line for line in lines]
+
+
+def random_arguments(spec: Spec) -> str:
+    """The arguments of a kernel that draws."""
+    return ", key_ptr, first_ptr, layer_ptr" if spec.sampler else ""
+
+
+def partial_sums(tick: Tick, pairs: str) -> list[str]:
+    """Store this program's share of the gradients of the derived constants, [P, B * H, blocks]."""
+    return [
+        f"tl.store(gh_ptr + ({i} * {pairs} + row) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(live, p{i}, 0.0), 0))"
+        for i in range(tick.derived)
+    ]
+
+
 IMPORTS = """\
 import triton
 import triton.language as tl
-from bio_inspired_nanochat.kernels.tiles import exponential, logarithm, reciprocal, store_planes"""
+from bio_inspired_nanochat.kernels.tiles import exponential, logarithm, power2, reciprocal, store_planes"""
 NOISE = """\
 same = tl.zeros([BLOCK], tl.int32)
 word0, word1, word2, word3 = tl.philox((k1 << 32) | k0, offset, same + (tick0 + {n}).to(tl.int32), same + (head | (layer << 16)).to(tl.int32), same)

@@ -365,12 +365,13 @@ class Site(NamedTuple):
             num_ticks(self.q_start, q.shape[2], self.tick),
         )
 
-    def static(self, q: Tensor, k: Tensor, tile: Tile) -> dict:
-        """The compile-time arguments of every kernel. EXACT: whole tiles from position 0 and no mask but the causal one."""
+    def static(self, q: Tensor, k: Tensor, tile: Tile, planes: int = 1) -> dict:
+        """The compile-time arguments of every kernel. EXACT: whole tiles from position 0 and no mask but the causal one; R: rows of
+        so many planes in a tile.
+        """
         plain = self.q_start == 0 and q.shape[2] == k.shape[2] and self.window is None and self.doc is None
-        planes = planes_of(q.dtype)
         return {
-            "C": self.tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys, "P": planes,
+            "C": self.tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys,
             "R": max(FEWEST, planes * tile.queries // self.tick), "WINDOW": self.window is not None, "DOC": self.doc is not None,
             "EXACT": plain and q.shape[2] % max(tile.queries, tile.keys) == 0,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,

@@ -36,9 +36,9 @@ def run(
     **options,
 ):
     """The output and all gradients by name. execution: fused; portable, operator by operator from PyTorch's own parts; or
-    reference, in float64 from the same numbers.
+    reference, in float64 from the same numbers; nudged, the reference from numbers that differ by one more rounding.
     """
-    exact = execution == "reference"
+    exact = execution in ("reference", "nudged")
     torch.manual_seed(0)
     constants = {name: value for name, value in options.items() if name not in ("window", "docs")}
     cfg = dataclasses.replace(
@@ -54,7 +54,10 @@ def run(
     q, k, v = (torch.randn(batch, h, length, dim) for h in (heads, kv_heads, kv_heads))
     q, k = (F.rms_norm(side, (dim,)) * 1.2 for side in (q, k))
     cost, weight = torch.rand(batch, heads, length) * 0.3, torch.randn(batch, heads, length, dim).to(device)
-    q, k, v = (value.to(device, dtype).to(torch.float64 if exact else dtype).requires_grad_() for value in (q, k, v))
+    q, k, v = (value.to(device, dtype).to(torch.float64 if exact else dtype) for value in (q, k, v))
+    if execution == "nudged":
+        q, k, v = (value * (1 + torch.finfo(dtype).eps * (torch.rand(value.shape).to(value) - 0.5)) for value in (q, k, v))
+    q, k, v = (value.requires_grad_() for value in (q, k, v))
     cost = cost.to(device).to(torch.float64 if exact else torch.float32).requires_grad_()
     strength = torch.linspace(0.5, 1.5, heads, device=device).requires_grad_()
     scale, params, theta, total = dim**-0.5, module.params(), module.theta_value(), cost.double().cumsum(-1)
@@ -82,11 +85,11 @@ def run(
 def compare(device, dtype, length, tick, dim, tolerance, **options):
     got, want = (run(execution, device, dtype, length, tick, dim, **options) for execution in ("fused", "reference"))
     again = run("fused", device, dtype, length, tick, dim, **options) if device == "cuda" else got
-    usual = run("portable", device, dtype, length, tick, dim, **options) if device == "cuda" else want
+    usual = [run(execution, device, dtype, length, tick, dim, **options) for execution in ("portable", "nudged") if device == "cuda"]
     for name, value in want.items():
-        error, unavoidable = ((side[name].double() - value).norm() / value.norm().clamp(min=1) for side in (got, usual))
-        # gradients of kinetics are small sums of large terms, which any execution rounds
-        allowed = tolerance if name in ("y", "q", "k", "v") else max(tolerance, 3 * unavoidable)
+        error, *others = ((side[name].double() - value).norm() / value.norm().clamp(min=1) for side in (got, *usual))
+        # a gradient per head is a small sum of large terms, which any execution rounds and any rounding of the inputs moves
+        allowed = tolerance if name in ("y", "q", "k", "v") else max([2 * tolerance, *(3 * other for other in others)])
         assert error <= allowed, f"{name} is off by {error:.1e}, not {allowed:.1e} (T={length}, c={tick}, D={dim}, {options})"
         assert torch.equal(got[name], again[name]), f"{name} differs between two runs"
 
@@ -106,6 +109,7 @@ def interpreted():
     compare("cpu", torch.float32, 33, 4, 16, 1e-5, batch=1, kv_heads=1, syt_mix=1.0)
     compare("cpu", torch.float32, 20, 16, 16, 1e-5, kind="softplus", barrier=False, **one)
     compare("cpu", torch.float32, 3, 1, 16, 1e-5, **one)
+    compare("cpu", torch.float32, 256, 32, 16, 1e-5, **one)  # whole blocks of keys, walked without masks
     compare("cpu", torch.float32, 72, 1, 16, 1e-5, **one)  # so many ticks that the drive is computed twice instead of kept
     compare("cpu", torch.float32, 50, 4, 16, 2e-5, docs=True, window=19, bounded=False, **one)
     compare("cpu", torch.float32, 24, 8, 16, 2e-5, **OPTIONS["all parts"], **OPTIONS["stochastic"], **one)
