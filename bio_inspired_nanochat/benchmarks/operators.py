@@ -49,6 +49,10 @@ ROWS = (
 )
 
 
+# The tiles that it chooses itself do not fit into a GPU's shared memory beside the gradient of the bias.
+_FLEX_BACKWARD = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_stages": 1}
+
+
 class Cell(NamedTuple):
     """One size: D, T, c, and the number of (row, head) pairs."""
 
@@ -209,7 +213,8 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
         return score + plane[batch, head, query // tick, key]
 
     mask = create_block_mask(causal, None, None, tokens, tokens, device=inputs.q.device)
-    return lambda: compiled(inputs.q, inputs.k, inputs.v, score_mod=biased, block_mask=mask, scale=inputs.scale)
+    options = {"score_mod": biased, "block_mask": mask, "scale": inputs.scale, "kernel_options": _FLEX_BACKWARD}
+    return lambda: compiled(inputs.q, inputs.k, inputs.v, **options)
 
 
 def _check_reference(inputs: Inputs) -> None:
