@@ -110,7 +110,7 @@ class Generation:
         max_new_tokens: int,
         sampling: Sampling,
         stop_ids: Collection[int],
-        graph: bool = False,
+        graph: bool = True,
     ) -> None:
         self.finish: list[Finish] = ["" for _ in prompts]
         self._model = model
@@ -213,7 +213,7 @@ def generate_batch(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
-    graph: bool = False,
+    graph: bool = True,
 ) -> Generation:
     """Continue several prompts at once. Row i draws from seed + i; an empty prompt becomes the BOS token alone.
 
@@ -232,7 +232,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
-    graph: bool = False,
+    graph: bool = True,
 ) -> Iterator[int]:
     """Continue one prompt: an iterator over token ids. See `generate_batch`, whose row 0 it equals."""
     for (token,) in generate_batch(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, stop_ids, graph):
