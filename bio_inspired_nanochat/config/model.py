@@ -37,6 +37,10 @@ class GPTConfig:
         choices=("standard", "rule30", "rule116"),
         off="standard",
     )
+    num_experts: int = knob(0, "experts of every MLP at birth, beside the shared one; 0 has none", lo=0, hi=4096, off=0)
+    moe_top_k: int = knob(2, "experts that a token visits beside the shared one", lo=1, hi=64)
+    expert_slots: int = knob(0, "places for experts, living and dead; 0 is num_experts", lo=0, hi=8192)
+    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has 4)", lo=1, hi=64)
     synapses: bool = knob(False, "replace every attention layer by a synaptic one", off=False)
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 
@@ -54,6 +58,18 @@ class GPTConfig:
             )
         if self.doc_mask and self.bos_token_id >= self.vocab_size:
             raise UserError(f"bos_token_id={self.bos_token_id} is outside the vocabulary of {self.vocab_size}")
+
+        if self.num_experts:
+            slots = self.expert_slots or self.num_experts
+            if slots < self.num_experts:
+                raise UserError(f"expert_slots={slots} is less than num_experts={self.num_experts}: give at least as many, or 0")
+            if self.moe_top_k >= self.num_experts:
+                raise UserError(f"moe_top_k={self.moe_top_k} is not below num_experts={self.num_experts}: choose fewer or add experts")
+
+    @property
+    def slots(self) -> int:
+        """Places for experts in every layer, living and dead."""
+        return self.expert_slots or self.num_experts
 
     @property
     def head_dim(self) -> int:

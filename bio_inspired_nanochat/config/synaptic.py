@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from bio_inspired_nanochat.config.experts import ExpertConfig
 from bio_inspired_nanochat.config.knobs import knob, validate
 from bio_inspired_nanochat.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class SynapticConfig:
+class SynapticConfig(ExpertConfig):
     """Constants of the presynaptic terminal. Times are in tokens; rates are per token."""
 
     tick: int = knob(8, "tokens per tick: synaptic state is constant within a tick and advances at its end", lo=1, hi=1024, unit="tokens")

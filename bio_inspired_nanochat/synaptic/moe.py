@@ -1,0 +1,221 @@
+"""SynapticMoE: an MLP with experts beside it, chosen token by token. Without synapses the same module is a plain mixture of experts.
+
+    logit_e  = x . W_r[e] + identity and SNARE cosines - lateral inhibition + facilitation and depression + NMDA term
+    score_e  = logit_e + kappa (account_e - 1/2) + balance_e                 the k best slots are chosen, ties by index
+    y        = shared(x) + sum over the chosen of softmax(logit)_e expert_e(x)
+
+Facilitation and NMDA follow the tokens before the current tick (`expert_synapse`), so that a route is strictly causal; account and
+balance change between training steps only (`accounts`). Twins compete as one slot, with the leader's logit for both while they are
+equal, and the logit of the one that serves the token once `blend` is 1.
+
+Dimensions: B batch, T tokens, S = B T, E slots for experts, k choices, D width, F hidden units of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.kernels.grouped import combine, dispatch, group_by_expert, grouped_linear, top_k
+from bio_inspired_nanochat.kernels.masks import QStart
+from bio_inspired_nanochat.synaptic.accounts import Accounts
+from bio_inspired_nanochat.synaptic.expert_synapse import ExpertState, ExpertSynapse
+from bio_inspired_nanochat.synaptic.layers import MLP
+
+CLOSED = float("-inf")  # the score of a slot that cannot be chosen
+
+
+class Routing(NamedTuple):
+    """Sums over the tokens of one pass, detached, float32: what the accounts and the life cycle are kept by.
+
+    tokens []; load, demand, gates, both [E]: tokens that visit an expert, that would without the balancing bias, the sum of their
+    gates, and the tokens that both twins of a slot would take as two slots (at the leader); together [E, E]: tokens that visit both;
+    inputs [E, D]: sum of the inputs of an expert; common [D]: of all inputs.
+    """
+
+    tokens: Tensor
+    load: Tensor
+    demand: Tensor
+    gates: Tensor
+    both: Tensor
+    together: Tensor
+    inputs: Tensor
+    common: Tensor
+
+
+class Probe(NamedTuple):
+    """Instruments of one pass. tap: [E, 2] zeros that require a gradient: the backward of a mean loss leaves in its gradient the sums of
+    a and a^2 over tokens, a = g dL/dg for the gate g of an expert; muted: [E] bool, experts whose gate is set to zero, without
+    routing anew.
+    """
+
+    tap: Tensor | None = None
+    muted: Tensor | None = None
+
+
+class Route(NamedTuple):
+    """Where tokens go.
+
+    expert, gates: [S, k]; scale: [S, k] of the output, or None; score, bare, separate: [S, E] what slots are chosen by, the same
+    without the balancing bias, and as if twins were two slots; winner: [S, E] the expert that serves a slot.
+    """
+
+    expert: Tensor
+    gates: Tensor
+    scale: Tensor | None
+    score: Tensor
+    bare: Tensor
+    separate: Tensor
+    winner: Tensor
+
+
+class _Tap(torch.autograd.Function):
+    """The gates themselves; backward leaves sums of a = g dL/dg and a^2 per expert in the gradient of `tap`."""
+
+    @staticmethod
+    def forward(ctx, gates: Tensor, expert: Tensor, tap: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, expert)
+        ctx.experts = tap.shape[0]
+        return gates.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        gates, expert = ctx.saved_tensors
+        a = (grad * gates).flatten().to(torch.float32)
+        member = (expert.flatten()[:, None] == torch.arange(ctx.experts, device=a.device)).to(a.dtype)
+        return grad, None, torch.stack([a, a.square()]).matmul(member).T
+
+
+class Experts(nn.Module):
+    """The stacked matrices of all experts: w_in [E, F, D] and w_out [E, D, F], squared ReLU between them."""
+
+    def __init__(self, slots: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(slots, hidden, width))
+        self.w_out = nn.Parameter(torch.empty(slots, width, hidden))
+
+    def forward(self, x: Tensor, expert: Tensor, gates: Tensor) -> Tensor:
+        """x [S, D] through expert [S, k], weighted with gates [S, k] and summed: [S, D]."""
+        groups = group_by_expert(expert, len(self.w_in))
+        hidden = grouped_linear(dispatch(x, groups, expert.shape[1]), self.w_in.to(x.dtype), groups)
+        return combine(grouped_linear(F.relu(hidden).square(), self.w_out.to(x.dtype), groups), groups, gates)
+
+
+class SynapticMoE(MLP):
+    """The MLP as the shared expert, under its own names, and routed experts beside it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.k, self.slots = config.moe_top_k, config.slots
+        self.fair = float(config.num_experts)
+        self.kappa = config.syn_cfg.bank_gain if config.synapses else 0.0
+        self.experts = Experts(self.slots, config.n_embd, config.expert_ratio * config.n_embd)
+        self.router = nn.Parameter(torch.empty(self.slots, config.n_embd))
+        self.synapse = ExpertSynapse(config) if config.synapses else None
+        self.accounts = Accounts(self.slots, config.num_experts, config.n_embd)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether experts have a state that follows a sequence."""
+        return self.synapse is not None and self.synapse.remembers
+
+    def mix(
+        self,
+        x: Tensor,
+        first: QStart = 0,
+        fresh: Tensor | None = None,
+        live: Tensor | None = None,
+        before: ExpertState | None = None,
+        probe: Probe | None = None,
+    ) -> tuple[Tensor, Route, ExpertState | None]:
+        """What the routed experts add for x [B, T, D], the route, and the state after the last token. Args as of `ExpertSynapse.course`."""
+        route, after = self.route(x, first, fresh, live, before)
+        gates = route.gates
+        if probe is not None and probe.tap is not None:
+            gates = _Tap.apply(gates, route.expert, probe.tap)
+        if probe is not None and probe.muted is not None:
+            gates = gates.masked_fill(probe.muted[route.expert], 0.0)
+        if route.scale is not None:
+            gates = gates * route.scale
+        return self.experts(x.flatten(0, 1), route.expert, gates).view_as(x), route, after
+
+    def route(
+        self, x: Tensor, first: QStart, fresh: Tensor | None, live: Tensor | None, before: ExpertState | None
+    ) -> tuple[Route, ExpertState | None]:
+        """Choose k experts for every token of x [B, T, D]."""
+        kept = self.accounts
+        leads = kept.leads()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logit = F.linear(x, self.router.to(x.dtype)).to(wide)
+        after = released = None
+        if self.synapse is not None:
+            affinity = self.synapse.affinity(x)
+            logit = logit if affinity is None else logit + affinity
+            logit, released, after = self._modulate(logit, leads, first, fresh, live, before)
+        logit = logit.flatten(0, 1)
+        slot, winner = self._twins(logit)
+        bank = self.kappa * (kept.energy - 0.5)
+        bare = (slot + bank).masked_fill(~leads, CLOSED)
+        score = bare + kept.balance
+        places = top_k(score.detach(), self.k)
+        gates = torch.softmax(slot.masked_fill(~leads, CLOSED).gather(1, places), dim=-1)
+        expert = winner.gather(1, places)
+        scale = None if released is None else released.flatten(0, 1).gather(1, expert).exp()
+        separate = (logit + bank[kept.lead] + kept.balance[kept.lead]).masked_fill(~kept.alive, CLOSED)
+        return Route(expert, gates, scale, score.detach(), bare.detach(), separate.detach(), winner), after
+
+    def _modulate(
+        self, logit: Tensor, leads: Tensor, first: QStart, fresh: Tensor | None, live: Tensor | None, before: ExpertState | None
+    ) -> tuple[Tensor, Tensor | None, ExpertState | None]:
+        """Add lateral inhibition and the course of the sequence to logits [B, T, E]. A slot's demand drives both twins alike."""
+        share = self.fair * torch.softmax(logit.masked_fill(~leads, CLOSED), dim=-1)
+        lost = self.synapse.inhibition(share / self.fair, self.accounts.lead)
+        plain = logit
+        logit = logit if lost is None else logit - lost
+        if not self.remembers:
+            return logit, None, None
+        effects, after = self.synapse.course(share[..., self.accounts.lead], first, fresh, live, before)
+        if effects.bias is not None:
+            logit = logit + effects.bias
+        if effects.slow is not None:
+            logit = logit + self.synapse.nmda_gain * effects.slow * torch.sigmoid(plain)
+        return logit, effects.released, after
+
+    def _twins(self, logit: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit of every slot and the expert that serves it, [S, E]: of two twins the one with the larger logit plus tie."""
+        kept = self.accounts
+        places = torch.arange(self.slots, device=logit.device)
+        younger = logit[:, kept.child] - logit
+        serves = (kept.child != places) & (younger + (1 - kept.blend) * kept.tie > 0)
+        return logit + torch.where(serves, kept.blend * younger, 0.0), torch.where(serves, kept.child, places)
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor, route: Route) -> Routing:
+        """What the accounts need to know of a pass over x [B, T, D]."""
+        x = x.flatten(0, 1).float()
+        places = torch.arange(self.slots, device=x.device)
+        chosen = route.expert[..., None] == places
+        member = chosen.any(1).float()
+        wanted = (route.bare >= _kth(route.bare, self.k)).float()
+        both = route.separate >= _kth(route.separate, self.k)
+        child = self.accounts.child
+        own = wanted * (route.winner == places)  # the others would go to the leader's twin
+        return Routing(
+            tokens=torch.full((), len(x), dtype=torch.float32, device=x.device),
+            load=member.sum(0),
+            demand=own.sum(0) + torch.zeros_like(child, dtype=torch.float32).scatter_add(0, child, (wanted - own).sum(0)),
+            gates=(route.gates.float()[..., None] * chosen).sum((0, 1)),
+            both=(both & both[:, child] & (child != places)).float().sum(0),
+            together=member.T @ member,
+            inputs=member.T @ x,
+            common=x.sum(0),
+        )
+
+
+def _kth(score: Tensor, k: int) -> Tensor:
+    """The k-th largest of score [S, E], as [S, 1]."""
+    return torch.topk(score, k, dim=-1).values[:, -1:]
