@@ -82,6 +82,8 @@ def graph_obstacle(model: GPT, state: SynapseState) -> str | None:
         return "it runs Triton kernels on CUDA (with TRITON_INTERPRET=1 also on the CPU)"
     if state.doc is not None:
         return "this model keeps documents apart"
+    if any(layer.fast for layer in state.layers):
+        return "this model has fast weights"
     from bio_inspired_nanochat.kernels import decode_triton  # imported late: a machine without Triton never gets here
 
     for block, layer in zip(model.blocks, state.layers, strict=True):

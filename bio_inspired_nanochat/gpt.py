@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,19 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import ReleaseNoise
 from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic import (
+    DENSITY_ROLES,
     GAINS,
-    MLP,
-    CausalSelfAttention,
+    GATE_CHANNELS,
+    Block,
     Chunk,
+    Density,
+    Embedding,
+    Engram,
     Extras,
-    LayerState,
     LayerTelemetry,
     Linear,
     Presynaptic,
     SynapseState,
-    SynapticCausalSelfAttention,
     auxiliary_loss,
     rms_norm,
     rotary,
@@ -43,9 +45,8 @@ from bio_inspired_nanochat.synaptic import (
 )
 
 SOFTCAP = 15.0
-GATE_CHANNELS = 12
 
-__all__ = ["GPT", "GPTConfig", "RunOutput"]
+__all__ = ["GATE_CHANNELS", "GPT", "SOFTCAP", "GPTConfig", "RunOutput"]
 
 
 class RunOutput(NamedTuple):
@@ -61,61 +62,6 @@ class RunOutput(NamedTuple):
     aux: Tensor | None = None
     telemetry: list[LayerTelemetry] | None = None
     variance: Tensor | None = None
-
-
-class Embedding(nn.Embedding):
-    """A lookup table whose weight is left to the model's `init_weights`."""
-
-    def reset_parameters(self) -> None:
-        """Fill nothing: on the meta device the default would load the whole compiler."""
-
-
-class ValueEmbedding(nn.Module):
-    """A second token embedding added to one layer's values, gated per key head by the first channels of the input."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.table = Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
-        self.gate = nn.Parameter(torch.empty(config.n_kv_head, min(GATE_CHANNELS, config.n_embd)))
-
-    def forward(self, idx: Tensor, x: Tensor) -> Tensor:
-        """idx [B, T] and normalised x [B, T, n_embd] to an addition [B, T, Hkv * D] for the values."""
-        gate = 3 * torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
-        value = self.table(idx).to(x.dtype)
-        return (value.unflatten(-1, (len(self.gate), -1)) * gate[..., None]).flatten(-2)
-
-
-class Block(nn.Module):
-    """One layer: mix the residual stream with the embedding x0, then attention and MLP on the normalised stream."""
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        super().__init__()
-        synaptic = config.synapses and config.syn_cfg.active
-        self.attn = (SynapticCausalSelfAttention if synaptic else CausalSelfAttention)(config, layer)
-        self.mlp = MLP(config)
-        alternate = (config.n_layer - 1 - layer) % 2 == 0
-        self.value_embed = ValueEmbedding(config) if config.value_embeds and alternate else None
-
-    def _enter(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The mixed stream, its normalised form and the addition to the values, if this layer has one."""
-        mix = scales.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        normed = rms_norm(x)
-        return x, normed, None if self.value_embed is None else self.value_embed(idx, normed)
-
-    def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], extras: Extras) -> Tensor:
-        """Whole sequences: x and x0 [B, T, n_embd], scales [2] of the two, idx [B, T]."""
-        x, normed, value_embed = self._enter(x, x0, scales, idx)
-        x = x + self.attn(normed, cos_sin, value_embed, extras)
-        return x + self.mlp(rms_norm(x))
-
-    def step(
-        self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], state: LayerState, chunk: Chunk
-    ) -> Tensor:
-        """The next chunk of running sequences, x [B, t, n_embd]."""
-        x, normed, value_embed = self._enter(x, x0, scales, idx)
-        x = x + self.attn.step(normed, cos_sin, value_embed, state, chunk)
-        return x + self.mlp(rms_norm(x))
 
 
 class GPT(nn.Module):
@@ -140,7 +86,7 @@ class GPT(nn.Module):
         depth = torch.linspace(0, 1, self.config.n_layer)
         bound = math.sqrt(3 / self.config.n_embd)
         for name, parameter in self.named_parameters():
-            if ".synapse." in name:
+            if ".synapse." in name or ".density." in name:
                 continue
             leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
             if leaf in ("o", "w_out", "head", "gate"):
@@ -161,9 +107,11 @@ class GPT(nn.Module):
                     limit = 0.4 * bound if leaf == "w_in" else bound
                     values.uniform_(-limit, limit, generator=generator)
                 parameter.copy_(values)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, Presynaptic):
                 module.init_weights()
+            elif isinstance(module, Density):
+                module.init_weights(seed, name)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> GPT:
         """Dtype of activations and caches; parameters stay float32."""
@@ -214,7 +162,7 @@ class GPT(nn.Module):
         """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input."""
         return self._logits(self._trunk(idx))
 
-    def _trunk(self, idx: Tensor, noise: ReleaseNoise | None = None, records: list[dict[str, Tensor]] | None = None) -> Tensor:
+    def _trunk(self, idx: Tensor, noise: ReleaseNoise | None = None, records: list[dict[str, Any]] | None = None) -> Tensor:
         """The residual stream after the last block, [B, T, n_embd]; `records` gets one dictionary per layer."""
         self._check_ids(idx)
         positions = torch.arange(idx.shape[1], device=idx.device)[None]
@@ -277,9 +225,9 @@ class GPT(nn.Module):
 
     def _pass(self, idx: Tensor, targets: Tensor | None, telemetry: bool, noise: ReleaseNoise | None) -> RunOutput:
         cfg = self.config.syn_cfg
-        synaptic = self.config.synapses and cfg.presyn
-        wants_aux = synaptic and targets is not None and (cfg.aux_energy or cfg.aux_pool)
-        records: list[dict[str, Tensor]] | None = [] if wants_aux or (telemetry and synaptic) else None
+        wants_aux = self.config.synapses and cfg.presyn and targets is not None and (cfg.aux_energy or cfg.aux_pool)
+        tells = self.config.synapses and (cfg.presyn or cfg.hebb != "off")
+        records: list[dict[str, Any]] | None = [] if wants_aux or (telemetry and tells) else None
         x = self._trunk(idx, noise, records)
         logits, loss = (self._logits(x), None) if targets is None else self._loss(x, targets)
         aux = summary = None
@@ -317,20 +265,31 @@ class GPT(nn.Module):
         return losses.view_as(targets)
 
     def init_state(
-        self, batch_size: int, max_len: int, *, noise_seed: int | None = None, sequence_ids: Tensor | None = None
+        self,
+        batch_size: int,
+        max_len: int,
+        engram: Engram | str | Path | None = None,
+        *,
+        noise_seed: int | None = None,
+        sequence_ids: Tensor | None = None,
     ) -> SynapseState:
         """KV cache and synapse state of `batch_size` fresh sequences of at most `max_len` tokens.
 
-        noise_seed, sequence_ids: stochastic release as in `run`; the key of the draws then belongs to the state.
+        engram: fast weights of an earlier session to start from, or their file; one row serves all sequences. noise_seed,
+        sequence_ids: stochastic release as in `run`; the key of the draws then belongs to the state. Raises UserError for sizes
+        below 1 and for an engram that does not fit.
         """
         if batch_size < 1 or max_len < 1:
             raise UserError(f"init_state(batch_size={batch_size}, max_len={max_len}): both must be at least 1")
         device, dtype = self.embed.weight.device, self._embed(torch.zeros(1, 1, dtype=torch.long, device=self.embed.weight.device)).dtype
-        layers = [block.attn.init_state(batch_size, max_len, device, dtype) for block in self.blocks]
+        layers = [block.init_state(batch_size, max_len, device, dtype) for block in self.blocks]
         doc = torch.zeros(batch_size, max_len, dtype=torch.long, device=device) if self.config.doc_mask else None
         noise = self._noise(torch.empty(batch_size, 0, device=device), noise_seed, sequence_ids)
         key = None if noise is None else torch.stack([word.flatten() for word in noise.key], dim=1)
-        return SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc, key)
+        state = SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc, key)
+        if engram is not None:
+            state.implant(engram if isinstance(engram, Engram) else Engram.load(engram, device))
+        return state
 
     @torch.no_grad()
     def step(self, idx: Tensor, state: SynapseState, lengths: list[int] | Tensor | None = None) -> Tensor:
@@ -360,6 +319,8 @@ class GPT(nn.Module):
         before = torch.stack([state.doc[row, a - 1] if a else state.doc.new_zeros(()) for row, a in enumerate(chunk.starts)])
         chunk.write(state.doc, before[:, None] + self._documents(idx), dim=1)
         chunk.doc = state.doc[:, : chunk.stop]
+        starts = torch.tensor(chunk.starts, device=idx.device)[:, None]
+        chunk.fresh = (idx == self.config.bos_token_id) & (starts + torch.arange(idx.shape[1], device=idx.device) > 0)
 
     def _check_ids(self, idx: Tensor) -> None:
         if idx.dim() != 2 or idx.shape[1] == 0:
@@ -370,7 +331,7 @@ class GPT(nn.Module):
             raise UserError(f"a chunk of {idx.shape[0]} rows does not fit a state of {state.batch_size} sequences")
         layout = (self.config.n_kv_head, state.max_len, self.config.head_dim)
         fits = len(state.layers) == len(self.blocks) and state.layers[0].k.shape[1:] == layout
-        if not fits or set(state.layers[0].tensors()) != self.blocks[0].attn.state_fields:
+        if not fits or not self.blocks[0].fits(state.layers[0]):
             raise UserError("this state belongs to another model: make one with model.init_state")
         for row, (begin, count) in enumerate(zip(starts, counts, strict=True)):
             if not 1 <= count <= idx.shape[1]:
@@ -381,12 +342,14 @@ class GPT(nn.Module):
                 )
 
     def param_roles(self) -> dict[str, str]:
-        """What each parameter is for the optimizer: matrix, embed, value_embed, head, scalar, gate or kinetics."""
+        """What each parameter is for the optimizer: matrix, fast, embed, value_embed, head, scalar, gate or kinetics."""
         roles = {}
         for name, parameter in self.named_parameters():
             leaf = name.rsplit(".", 1)[-1]
             if ".synapse." in name:
                 roles[name] = "gate" if leaf.startswith("gate_") else "kinetics"
+            elif ".density." in name:
+                roles[name] = DENSITY_ROLES.get(leaf, "kinetics")
             elif ".value_embed." in name:
                 roles[name] = "value_embed" if leaf == "weight" else "gate"
             elif name.startswith(("embed.", "head.")):
@@ -402,11 +365,13 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Training operations per token, forward and backward: 6 per matrix weight, 12 D per head and visible pair on average.
 
-        A synaptic layer adds its drive, a second product of queries and keys: 6 D per head and pair.
+        A synaptic layer adds its drive, a second product of queries and keys: 6 D per head and pair; fast weights of r modes the
+        product that reads and the one that writes: 12 r^2 per token.
         """
         cfg = self.config
         lookups = {name for name, role in self.param_roles().items() if role in ("embed", "value_embed", "scalar", "kinetics")}
         flops = 6 * sum(p.numel() for name, p in self.named_parameters() if name not in lookups)
+        flops += sum(12 * module.modes**2 for module in self.modules() if isinstance(module, Density))
         for layer in range(cfg.n_layer):
             window = min(cfg.window(layer) or cfg.sequence_len, cfg.sequence_len)
             pairs = window - window * (window - 1) / (2 * cfg.sequence_len)
@@ -415,18 +380,26 @@ class GPT(nn.Module):
         return flops
 
     def gains(self) -> list[dict[str, list[float]]]:
-        """Learned output gains per layer: one list over heads for each gain that exists; empty for a vanilla model."""
+        """Learned output gains per layer: one list over heads for each gain that exists; empty for a vanilla model.
+
+        Fast weights count as `fast_<projection>`: a list of one, the root mean square of the matrix that they are read through.
+        """
         found = []
         for block in self.blocks:
             synapse = getattr(block.attn, "synapse", None)
-            if synapse is not None:
-                found.append({name: getattr(synapse, name).detach().float().tolist() for name in GAINS if hasattr(synapse, name)})
+            gains = {name: getattr(synapse, name).detach().float().tolist() for name in GAINS if hasattr(synapse, name)}
+            for key, layer in block.fast_layers().items():
+                gains[f"fast_{key}"] = [float(layer.density.out.detach().float().square().mean().sqrt())]
+            if gains:
+                found.append(gains)
         return found
 
     @torch.no_grad()
     def zero_gains(self) -> GPT:
-        """Set every output gain to zero, which makes the model compute vanilla attention. Changes the model."""
+        """Set every output gain to zero, which makes the model compute the vanilla one. Changes the model."""
         for module in self.modules():
+            if isinstance(module, Density):
+                module.out.zero_()
             if isinstance(module, Presynaptic):
                 for name in GAINS:
                     if hasattr(module, name):

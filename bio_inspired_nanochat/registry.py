@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from bio_inspired_nanochat.config.knobs import REQUIRED, Knob, format_number, kinds_of, knobs_of
+from bio_inspired_nanochat.config.knobs import REQUIRED, Knob
 from bio_inspired_nanochat.config.synaptic import SynapticConfig
+from bio_inspired_nanochat.config.tables import KnobRow, default_text, knob_table, markdown_table
 from bio_inspired_nanochat.errors import UserError, nearest
+
+__all__ = [
+    "GENERAL",
+    "MECHANISMS",
+    "KnobRow",
+    "Mechanism",
+    "active_mechanisms",
+    "closure",
+    "config_with",
+    "config_without",
+    "inert_fields",
+    "knob_table",
+    "markdown_table",
+    "owners",
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,7 @@ class Mechanism:
 
     on, off: the SynapticConfig fields that switch it, with the value for on and for off (`on` may set more than the switch);
     source: where its equation comes from; knobs: the fields that matter only while it is on; needs: the mechanisms without which
-    it does nothing.
+    it does nothing; any_of: mechanisms of which it needs at least one, the first when none is asked for.
     """
 
     name: str
@@ -28,6 +44,7 @@ class Mechanism:
     source: str
     knobs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
 
     @property
     def fields(self) -> frozenset[str]:
@@ -44,8 +61,16 @@ class Mechanism:
 
     def is_on(self, config: SynapticConfig) -> bool:
         """Whether the mechanism acts in a config: its own switch and all that it needs are on."""
-        return self.is_set(config) and all(MECHANISMS[need].is_on(config) for need in self.needs)
+        return self.is_set(config) and self.is_served({name for name, mechanism in MECHANISMS.items() if mechanism.is_set(config)})
 
+    def is_served(self, names: Collection[str]) -> bool:
+        """Whether all that it needs, directly or not, is among `names`."""
+        if self.any_of and not any(need in names and MECHANISMS[need].is_served(names) for need in self.any_of):
+            return False
+        return all(need in names and MECHANISMS[need].is_served(names) for need in self.needs)
+
+
+FAST_RULES = ("fast_delta", "fast_hebb")
 
 # Fields that no single mechanism owns: the time grid and a numerical floor.
 GENERAL: tuple[str, ...] = ("tick", "epsilon")
@@ -258,6 +283,84 @@ _ALL = (
         source="L_pool of the background (section 8), on pools that run empty",
         needs=("presyn",),
     ),
+    Mechanism(
+        "fast_delta",
+        "fast weights that a sequence writes by the delta rule: what is recalled wrongly is corrected",
+        on={"hebb": "delta"},
+        off={"hebb": "off"},
+        source="the gated delta rule (Yang et al. 2025) as the eligibility trace of the postsynaptic density, read before it is written",
+        knobs=("fast_layers", "rank_eligibility", "rho_elig", "hebb_rate"),
+    ),
+    Mechanism(
+        "fast_hebb",
+        "fast weights that a sequence writes by the Hebb rule: what is active together is added up",
+        on={"hebb": "hebb"},
+        off={"hebb": "off"},
+        source="fast weights (Schmidhuber 1992; Ba et al. 2016) with one decay per mode, read before they are written",
+        knobs=("fast_layers", "rank_eligibility", "hebb_rate"),
+    ),
+    Mechanism(
+        "camkii",
+        "CaMKII, which past activity raises, opens the gate through which fast weights are written",
+        on={"camkii_gain": 1.5},
+        off={"camkii_gain": 0.0},
+        source="CaMKII of the background: a leaky integrator of postsynaptic calcium",
+        knobs=("tau_camkii",),
+        any_of=FAST_RULES,
+    ),
+    Mechanism(
+        "camkii_latch",
+        "CaMKII as a switch with two stable states: it holds after the calcium is gone, low calcium erases it through PP1",
+        on={"camkii_latch": True},
+        off={"camkii_latch": False},
+        source="the CaMKII switch (Lisman 1985; Lisman & Zhabotinsky 2001) with Hill self-excitation",
+        knobs=("tau_camkii", "camkii_half", "latch_gain", "tau_pp1", "pp1_half"),
+        needs=("camkii",),
+    ),
+    Mechanism(
+        "pp1",
+        "the phosphatase PP1 closes the gate through which fast weights are written",
+        on={"pp1_gain": 1.0},
+        off={"pp1_gain": 0.0},
+        source="PP1 of the background, the counterpart of CaMKII",
+        knobs=("tau_pp1", "pp1_half"),
+        any_of=FAST_RULES,
+    ),
+    Mechanism(
+        "bdnf",
+        "BDNF, a slow average of activity, raises the write strength",
+        on={"bdnf_gamma": 1.0},
+        off={"bdnf_gamma": 0.0},
+        source="metaplasticity of the background: BDNF changes the rate of learning",
+        knobs=("tau_bdnf",),
+        any_of=FAST_RULES,
+    ),
+    Mechanism(
+        "camkii_read",
+        "CaMKII opens the gate through which fast weights are read",
+        on={"camkii_read": 2.0},
+        off={"camkii_read": 0.0},
+        source="AMPA receptors that CaMKII inserts: a stronger answer of a potentiated synapse",
+        knobs=("tau_camkii",),
+        any_of=FAST_RULES,
+    ),
+    Mechanism(
+        "psd95",
+        "PSD-95 slots limit how strongly a mode of the fast weights can answer; CaMKII adds slots",
+        on={"psd95_slots": 1.0},
+        off={"psd95_slots": 0.0},
+        source="receptor slots of the PSD-95 scaffold in the background",
+        knobs=("tau_camkii",),
+        any_of=FAST_RULES,
+    ),
+    Mechanism(
+        "fast_init",
+        "a new sequence starts from learned fast weights",
+        on={"fast_init": True},
+        off={"fast_init": False},
+        source="learned initial state of recurrent networks",
+        any_of=FAST_RULES,
+    ),
 )
 
 MECHANISMS: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in _ALL}
@@ -274,6 +377,8 @@ def closure(*names: str) -> list[str]:
         if name not in wanted:
             wanted.add(name)
             queue += MECHANISMS[name].needs
+        if not queue:  # all that is asked for is known now
+            queue += [MECHANISMS[name].any_of[0] for name in wanted if MECHANISMS[name].any_of and not wanted & {*MECHANISMS[name].any_of}]
     return [name for name in MECHANISMS if name in wanted]
 
 
@@ -324,61 +429,11 @@ def inert_fields(config: SynapticConfig, given: Collection[str]) -> list[str]:
             continue
         if any(MECHANISMS[name].off.get(field, REQUIRED) == getattr(config, field) for name in names):
             continue
-        ways = [[MECHANISMS[need] for need in closure(name) if not MECHANISMS[need].is_set(config)] for name in names]
+        chosen = [rule for rule in FAST_RULES if MECHANISMS[rule].is_set(config)]
+        ways = [[MECHANISMS[need] for need in closure(name, *chosen) if not MECHANISMS[need].is_set(config)] for name in names]
         ways = [way for way in ways if len(way) == min(map(len, ways))]  # two choices of one switch serve alike
         missing = list(dict.fromkeys(mechanism.name for way in ways for mechanism in way))
-        flags = [" ".join(f"--syn_cfg.{name}={_default(m.on[name], Knob(''))}" for m in way for name in m.off) for way in ways]
+        flags = [" ".join(f"--syn_cfg.{name}={default_text(m.on[name], Knob(''))}" for m in way for name in m.off) for way in ways]
         are = f"{missing[0]} is" if len(missing) == 1 else f"{', '.join(missing[:-1])} and {missing[-1]} are"
         lines.append(f"--syn_cfg.{field} has no effect while {are} off: add {' or '.join(flags)}")
     return lines
-
-
-class KnobRow(NamedTuple):
-    """One line of a knob table, all text."""
-
-    name: str
-    default: str
-    bounds: str
-    unit: str
-    meaning: str
-    analogue: str
-
-
-def knob_table(cls: type, prefix: str = "") -> list[KnobRow]:
-    """A row for every field of a config class, nested configs included under their dotted names."""
-    rows: list[KnobRow] = []
-    records, kinds = knobs_of(cls), kinds_of(cls)
-    for field in dataclasses.fields(cls):
-        record = records[field.name]
-        if kinds[field.name].nested:
-            rows += knob_table(kinds[field.name].base, f"{prefix}{field.name}.")
-            continue
-        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        bounds = "0 or 1" if kinds[field.name].base is bool else record.bounds()
-        rows.append(KnobRow(prefix + field.name, _default(made, record), bounds, record.unit, record.doc, record.analogue))
-    return rows
-
-
-def _default(value: Any, record: Knob) -> str:
-    if value is dataclasses.MISSING:
-        return "required"
-    if value is None:
-        return record.none
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
-    return format_number(value) if isinstance(value, float) else str(value)
-
-
-def markdown_table(rows: Sequence[Sequence[str]], columns: Sequence[str] | None = None) -> str:
-    """Rows as a Markdown table that ends with a newline. Without `columns` the rows must be named tuples, whose fields head it."""
-    if columns is None:
-        assert rows and hasattr(rows[0], "_fields"), "columns are missing"
-        columns = rows[0]._fields  # type: ignore[attr-defined]
-    lines = [list(columns), ["---"] * len(columns), *([_escape(str(cell)) for cell in row] for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _escape(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")

@@ -14,7 +14,7 @@ from bio_inspired_nanochat.synaptic import SynapseState
 from tests.contract import BACKENDS, MODELS, SIZES, SYNAPSES, make_ids, make_model
 
 ALL = [(synapses, "plain") for synapses in SYNAPSES]
-ALL += [(synapses, model) for synapses in ("default", "all") for model in MODELS if model != "plain"]
+ALL += [(synapses, model) for synapses in ("default", "all", "all_hebb") for model in MODELS if model != "plain"]
 variants = pytest.mark.parametrize("synapses, model", ALL, ids=[f"{s}-{m}" for s, m in ALL])
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -119,7 +119,7 @@ def test_synapses_change_the_logits_when_gains_are_not_zero(synapses):
     assert (build(synapses)(ids) - build("vanilla")(ids)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("synapses", [s for s, cfg in SYNAPSES.items() if cfg is not None and cfg.barrier == "none"])
+@pytest.mark.parametrize("synapses", [s for s, cfg in SYNAPSES.items() if cfg is not None and cfg.barrier == "none" and cfg.hebb == "off"])
 def test_first_tick_equals_vanilla_without_a_barrier(synapses):
     ids = make_ids()
     got, plain = build(synapses, tick=8)(ids), build("vanilla")(ids)
@@ -143,7 +143,7 @@ def test_ragged_rows_equal_each_row_alone(synapses, model):
             assert_near(logits[row, :count], alone)
 
 
-@pytest.mark.parametrize("synapses", ["default", "lateral", "all"])
+@pytest.mark.parametrize("synapses", ["default", "lateral", "all", "all_hebb", "all_fast"])
 def test_packed_documents_equal_each_document_alone(synapses):
     """With doc_mask a document in a packed row computes what it computes alone, started at the same offset modulo c."""
     net = build(synapses, "documents", tick=4)

@@ -125,6 +125,7 @@ def refusals(device="cpu"):
         (lateral, None, "lateral"),
         (noisy, 1, "random"),
         (make_model("vanilla"), None, "head size 8"),
+        (make_model("fast_delta"), None, "fast weights"),
     ):
         model.to(device)
         state = model.init_state(1, 8, noise_seed=noise_seed)

@@ -36,5 +36,5 @@ def test_moving_a_knob_moves_the_output(name, census):
 def test_training_moves_every_learned_constant(mechanisms, census):
     trained = census.model(mechanisms)
     fresh = dict(build(trained.config.syn_cfg).named_parameters())
-    learned = {name: parameter for name, parameter in trained.named_parameters() if ".synapse." in name}
+    learned = {name: parameter for name, parameter in trained.named_parameters() if ".synapse." in name or ".density." in name}
     assert learned and [name for name, parameter in learned.items() if torch.equal(parameter, fresh[name])] == []

@@ -293,9 +293,9 @@ def test_a_command_that_fails_is_found(words: list[str], tmp_path: Path) -> None
         Session(tmp_path).execute(f"python -m scripts.{shlex.join(words)}")
 
 
-def test_the_python_example_runs(tmp_path: Path) -> None:
-    (example,) = _blocks("python", _page())
-    (tmp_path / "example.py").write_text(example)
+def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they write files
+    (tmp_path / "example.py").write_text("\n".join(_blocks("python", _page())))
     runpy.run_path(str(tmp_path / "example.py"))
 
 

@@ -12,10 +12,12 @@ from bio_inspired_nanochat.config.experts import ExpertConfig
 from bio_inspired_nanochat.config.knobs import knob, validate
 from bio_inspired_nanochat.errors import UserError, nearest
 
+FAST_LAYERS = ("q", "k", "v", "o", "mlp_in", "mlp_out")  # the projections of a block that may carry fast weights
+
 
 @dataclass(frozen=True)
 class SynapticConfig(ExpertConfig):
-    """Constants of the presynaptic terminal. Times are in tokens; rates are per token."""
+    """Constants of the presynaptic terminal and the postsynaptic density. Times are in tokens; rates are per token."""
 
     tick: int = knob(8, "tokens per tick: synaptic state is constant within a tick and advances at its end", lo=1, hi=1024, unit="tokens")
     presyn: bool = knob(True, "presynaptic terminals: calcium, release, depletion and refill bias the attention logits", off=False)
@@ -183,8 +185,72 @@ class SynapticConfig(ExpertConfig):
     )
     aux_pool: float = knob(0.0, "weight of the loss on pools below a quarter of full", lo=0.0, hi=100.0, off=0.0, training_only=True)
 
+    hebb: str = knob(
+        "off",
+        "fast weights, a memory that a sequence writes while it is read: off, hebb (adds) or delta (corrects what it recalls)",
+        choices=("off", "hebb", "delta"),
+        off="off",
+        analogue="long-term potentiation",
+    )
+    fast_layers: tuple[str, ...] = knob(("mlp_in",), "projections of a block that carry fast weights", choices=FAST_LAYERS)
+    rank_eligibility: int = knob(16, "modes r of the fast weights: r x r values per sequence and projection", lo=1, hi=1024, unit="modes")
+    rho_elig: float = knob(
+        0.998,
+        "share of the fast weights that a token leaves, at birth; hebb spreads its modes from 16 to 4096 tokens instead",
+        lo=0.8,
+        hi=0.9999,
+        analogue="eligibility trace",
+    )
+    hebb_rate: float = knob(
+        2.0, "write strength eta_0 with all gates open; the product of the gates is limited to 1", lo=0.01, hi=16.0, log=True
+    )
+    camkii_gain: float = knob(1.5, "how much CaMKII opens the write gate", lo=0.0, hi=16.0, off=0.0, unit="logit", analogue="CaMKII")
+    tau_camkii: float = knob(
+        64.0, "relaxation time of CaMKII", lo=4.0, hi=4096.0, log=True, unit="tokens", analogue="CaMKII dephosphorylation"
+    )
+    camkii_latch: bool = knob(
+        False, "CaMKII excites itself and PP1 holds it down: a bistable switch in place of a leaky integrator", off=False, analogue="CaMKII"
+    )
+    camkii_half: float = knob(
+        0.5, "calcium that activates CaMKII half, in the latch", lo=0.05, hi=4.0, log=True, unit="calcium", analogue="calmodulin"
+    )
+    latch_gain: float = knob(
+        6.0, "self-excitation of CaMKII in the latch; below about 3.4 it holds nothing without calcium", lo=0.0, hi=32.0, analogue="CaMKII"
+    )
+    pp1_gain: float = knob(1.0, "how much PP1 closes the write gate", lo=0.0, hi=16.0, off=0.0, unit="logit", analogue="PP1")
+    tau_pp1: float = knob(32.0, "relaxation time of PP1", lo=4.0, hi=4096.0, log=True, unit="tokens", analogue="PP1")
+    pp1_half: float = knob(
+        0.2, "calcium that activates PP1 half: lower than CaMKII's", lo=0.02, hi=2.0, log=True, unit="calcium", analogue="calcineurin"
+    )
+    bdnf_gamma: float = knob(
+        0.0, "how much past activity (BDNF) raises the write strength: a factor 1 + gamma D", lo=0.0, hi=16.0, off=0.0, analogue="BDNF"
+    )
+    tau_bdnf: float = knob(512.0, "averaging time of BDNF", lo=4.0, hi=65536.0, log=True, unit="tokens", analogue="BDNF")
+    camkii_read: float = knob(
+        0.0,
+        "kappa: how much CaMKII opens the read gate; learned, with either sign",
+        lo=-16.0,
+        hi=16.0,
+        off=0.0,
+        unit="logit",
+        analogue="CaMKII",
+    )
+    psd95_slots: float = knob(
+        0.0,
+        "receptor slots of a mode: the most that it can answer, times 1 + CaMKII; 0 sets no limit",
+        lo=0.0,
+        hi=64.0,
+        off=0.0,
+        analogue="PSD-95",
+    )
+    fast_init: bool = knob(False, "the fast weights of a new sequence are learned, not zero", off=False)
+
     def __post_init__(self) -> None:
         validate(self, prefix="syn_cfg.")
+        if self.hebb != "off" and not self.fast_layers:
+            raise UserError(f"syn_cfg.fast_layers is empty while hebb={self.hebb}: name at least one of {', '.join(FAST_LAYERS)}")
+        if len(set(self.fast_layers)) < len(self.fast_layers):
+            raise UserError(f"syn_cfg.fast_layers={','.join(self.fast_layers)} names a projection twice: name each once")
 
     @classmethod
     def preset(cls, name: str) -> SynapticConfig:
@@ -195,6 +261,11 @@ class SynapticConfig(ExpertConfig):
 
     @property
     def active(self) -> bool:
+        """Whether anything of a synapse is on."""
+        return self.in_attention or self.hebb != "off"
+
+    @property
+    def in_attention(self) -> bool:
         """Whether any mechanism that changes the attention logits is on."""
         return self.presyn or self.barrier != "none"
 

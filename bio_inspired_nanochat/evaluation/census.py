@@ -41,6 +41,11 @@ SMALL: Mapping[str, Any] = {
     "tau_syn": 4.0,
     "energy_cost_rel": 0.2,
     "stochastic_train_frac": 0.5,
+    "tau_camkii": 12.0,
+    "tau_pp1": 8.0,
+    "pp1_gain": 4.0,
+    "tau_bdnf": 24.0,
+    "camkii_half": 0.2,
 }
 ASIDE = ("tied_gains",)  # takes the gains of the others away
 SHARED_SOURCE = "the time grid and the numerics that all mechanisms share"
@@ -59,6 +64,11 @@ USER_NAMES: Mapping[str, str] = {
     "endo_delay": "vesicles come back later",
     "energy_cost_rel": "each release costs more energy",
     "complexin_bias": "a stronger clamp: less release",
+    "rank_eligibility": "fast weights with more modes, which hold more associations",
+    "rho_elig": "fast weights fade more slowly",
+    "camkii_gain": "past activity opens the write gate of fast weights further",
+    "pp1_gain": "moderate activity closes the write gate of fast weights further",
+    "bdnf_gamma": "a sequence with much activity writes more strongly",
     "lambda_loge": "the release probability weighs more in the attention logits",
     "barrier_strength": "distant keys count less",
 }
@@ -141,23 +151,26 @@ def plan() -> dict[str, tuple[str, ...]]:
 
 
 def _replaces(mechanism: str, default: SynapticConfig) -> bool:
-    """Whether a mechanism is another choice than the default's, rather than an addition."""
-    on = MECHANISMS[mechanism].on
-    return any(isinstance(value, str) and value != getattr(default, field) for field, value in on.items())
+    """Whether a mechanism, or one that it needs, is another choice than the default's, rather than an addition."""
+    switches = [item for name in closure(mechanism) for item in MECHANISMS[name].on.items()]
+    return any(isinstance(value, str) and value != getattr(default, field) for field, value in switches)
 
 
 def _acts(name: str, owner: str, model: Collection[str]) -> bool:
     """Whether a knob of the mechanism `owner` does something in a model, be it to switch the mechanism on."""
-    return owner in model or (name in MECHANISMS[owner].off and set(MECHANISMS[owner].needs) <= set(model))
+    return owner in model or (name in MECHANISMS[owner].off and MECHANISMS[owner].is_served(model))
 
 
 def points(name: str, current: Any) -> list[Any]:
-    """Values of a knob other than the current one: every choice, or up to five numbers from bound to bound."""
+    """Values of a knob other than the current one: every choice, or up to five numbers from bound to bound.
+
+    A knob that takes several choices is given each alone, and all.
+    """
     record, kind = knobs_of(SynapticConfig)[name], kinds_of(SynapticConfig)[name]
     if kind.base is bool:
         values: list[Any] = [False, True]
     elif record.choices is not None:
-        values = list(record.choices)
+        values = [*((choice,) for choice in record.choices), record.choices] if kind.many else list(record.choices)
     else:
         assert record.lo is not None and record.hi is not None, f"{name} has no bounds to move within"
         low, high = float(record.lo), float(record.hi)
@@ -230,10 +243,9 @@ class Census:
             for value in values:
                 try:
                     moved = dataclasses.replace(config, **{name: value})
-                except UserError:
-                    continue
-                try:
                     change, how = self._change(name, mechanisms, config, moved, steps)
+                except UserError:
+                    continue  # a value that does not go with the others, or with the size of the model
                 except FloatingPointError:
                     change, how = math.nan, "logits"
                 if not math.isfinite(change):
@@ -306,8 +318,8 @@ def _training_change(moved: tuple[Tensor, dict[str, Tensor]], unmoved: tuple[Ten
 
 def _choices_beside(name: str, config: SynapticConfig) -> list[tuple[tuple[str, str], ...]]:
     """Settings of the named choices that belong to the same mechanisms as a knob and are not taken in `config`."""
-    fields = dict.fromkeys(field for owner in owners(name) for field in MECHANISMS[owner].knobs if field != name)
-    records = knobs_of(SynapticConfig)
+    records, kinds = knobs_of(SynapticConfig), kinds_of(SynapticConfig)
+    fields = dict.fromkeys(f for owner in owners(name) for f in MECHANISMS[owner].knobs if f != name and not kinds[f].many)
     return [((field, choice),) for field in fields for choice in records[field].choices or () if choice != getattr(config, field)]
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "cannot_fuse",
     "fused_attention",
     "fused_obstacle",
+    "fused_opening",
     "num_ticks",
     "phi",
     "presyn",
@@ -232,6 +233,22 @@ def fused_attention(
 
     where = {"window": window, "doc": doc, "noise": noise, "kind": kind}
     return fused.attention(q, k, v, theta, params, scale, largest, cost=cost, strength=strength, **where)
+
+
+def fused_opening(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, params: PresynParams, scale: float, largest: float | None = None, **where
+) -> tuple[Tensor, PresynState, Tensor]:
+    """`fused_attention` of the first tokens of sequences that will go on; same arguments, not differentiable.
+
+    Returns:
+        y [B, H, T, D]; the state at the start of the tick that is left open, with the drive collected in it; and the bias
+        [B, H, Tk] that belongs to that state, without the barrier.
+    """
+    if obstacle := fused_obstacle(q, theta, params, where.get("noise")):
+        raise cannot_fuse(obstacle)
+    from bio_inspired_nanochat.kernels import fused
+
+    return fused.opening(q, k, v, theta, params, scale, largest, **where)
 
 
 def fused_obstacle(q: Tensor, theta: Tensor, params: PresynParams, noise: ReleaseNoise | None = None) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels import attention_adjoint_triton, attention_triton, drive_triton
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, signature_of, states_of
+from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, signature_of, state_from, states_of
 from bio_inspired_nanochat.kernels.presyn_kernels import Kernels, kernels_for
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
@@ -58,16 +58,54 @@ def attention(
     kind: str = "phi",
 ) -> Tensor:
     """See `kernels.fused_attention`."""
-    rest = states_of(PresynState.rest(1, 1, 1, params=p))
+    constants, drawn, signature = _terminals(q, p, noise)
+    return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, _limit(p, largest), window, kind)[0]
+
+
+@torch.no_grad()
+def opening(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    p: PresynParams,
+    scale: float,
+    largest: float | None,
+    *,
+    cost: Tensor | None = None,
+    strength: Tensor | None = None,
+    window: int | None = None,
+    doc: Tensor | None = None,
+    noise: ReleaseNoise | None = None,
+    kind: str = "phi",
+) -> tuple[Tensor, PresynState, Tensor]:
+    """See `kernels.fused_opening`."""
+    constants, drawn, signature = _terminals(q, p, noise)
+    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, window, kind)
+    (y, stat), names = _outputs(q), it.kernels.spec.states
+    final = torch.empty(len(names) + 1, *q.shape[:2], k.shape[2], device=q.device)
+    open_drive = torch.zeros_like(final[0])
+    for site, drive, planes, _ in it.sites(q.new_empty(0), backward=False, final=final):
+        attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, _limit(p, largest), site, y, stat)
+        if q.shape[2] % p.tick:
+            open_drive.flatten(0, 1)[site.first : site.first + site.count] = drive[: site.count, -1].float() / p.tick
+    *states, beta = final
+    return y, state_from(dict(zip(names, states, strict=True)), open_drive), beta
+
+
+def _terminals(q: Tensor, p: PresynParams, noise: ReleaseNoise | None) -> tuple[Tensor, tuple, str]:
+    """The terminals' constants [C, H], the tensors that they draw from, and the signature of their kernels."""
     noisy = noise is not None and p.sampler is not None
-    signature = signature_of(p, list(rest), ["bias"], noisy, "layer")
+    signature = signature_of(p, list(states_of(PresynState.rest(1, 1, 1, params=p))), ["bias"], noisy, "layer")
     if not torch.compiler.is_compiling():
         kernels_for(signature)  # here and not in the operator, below which autograd is excluded
+    return torch.stack(list(constants_of(p).values())), noise_tensors(noise, q) if noisy else (None, None, None), signature
+
+
+def _limit(p: PresynParams, largest: float | None) -> float | None:
+    """Bound on the biased logits in units of log 2, where there is one that float32 bears without a running maximum."""
     bounded = largest is not None and 0 < p.beta_max <= LARGEST_LOGIT - largest
-    limit = (largest + p.beta_max) / math.log(2) if bounded else None
-    drawn = noise_tensors(noise, q) if noisy else (None, None, None)
-    constants = torch.stack(list(constants_of(p).values()))
-    return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, limit, window, kind)[0]
+    return (largest + p.beta_max) / math.log(2) if bounded else None
 
 
 def _keeping(q: Tensor, ticks: int) -> int:
@@ -121,10 +159,11 @@ class _Layer(NamedTuple):
         """Room for the drive of the pairs that keep it."""
         return self.buffer(_keeping(self.q, self.ticks), dtype=self.q.dtype)
 
-    def sites(self, kept: Tensor, backward: bool) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
+    def sites(self, kept: Tensor, backward: bool, final: Tensor | None = None) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
         """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks.
 
-        kept: see there; backward: it holds the drive already, if it is kept, and the states are needed.
+        kept: see there; backward: it holds the drive already, if it is kept, and the states are needed; final [S + 1, B, H, Tk]:
+        to fill with the states at the start of the tick that is left open, and their bias.
         """
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
         most = min(pairs, max(1, WORKSPACE // (self.ticks * keys)))
@@ -137,8 +176,11 @@ class _Layer(NamedTuple):
             drive = kept[first : first + site.count] if spare is None else spare
             if spare is not None or not backward:
                 drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
-            operands = (drive, self.constants, planes, check, *self._gate(), 1 / self.scale)
-            self._launch(self.kernels.forward, site, *operands, P=planes_of(self.q.dtype), CHECK=backward)
+            operands = (drive, self.constants, planes, check, check if final is None else final, *self._gate(), 1 / self.scale)
+            self._launch(
+                self.kernels.forward, site, *operands, self.q.shape[2] // spec.tick,
+                P=planes_of(self.q.dtype), CHECK=backward, FINAL=final is not None,
+            )  # fmt: skip
             yield site, drive, planes, check
 
     def _gate(self) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Dimensions: B batch, H query heads, N ticks, Tk keys; S state variables, P per-h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,13 @@ def states_of(state: PresynState) -> dict[str, Tensor]:
     plain = {name: value for name, value in state.parts().items() if name not in ("open_drive", "ring")}
     slots = () if state.ring is None else state.ring.unbind(-1)
     return {**plain, **{f"ring{i}": slot for i, slot in enumerate(slots)}}
+
+
+def state_from(values: Mapping[str, Tensor], open_drive: Tensor) -> PresynState:
+    """The inverse of `states_of`."""
+    slots = [value for name, value in values.items() if name.startswith("ring")]
+    plain = {name: value for name, value in values.items() if not name.startswith("ring")}
+    return PresynState(**plain, open_drive=open_drive, ring=torch.stack(slots, dim=-1) if slots else None)
 
 
 def tick_function(spec: Spec) -> Callable[..., list[Tensor]]:

@@ -2,7 +2,8 @@
 
 Terminals start at rest; the barrier, the sum of two float32 [2, B, H, T], joins the bias; bias and gradient of the drive are
 written as planes. Small sets of parts take several ticks a turn: their states stay in registers, and the loads of a turn are
-under way while the one before it is computed. Blocks of keys that are all born are walked without masks.
+under way while the one before it is computed. Blocks of keys that are all born are walked without masks. Where a sequence will
+go on (FINAL), the forward also gives the states at the start of tick `closed` and their bias without the barrier.
 
 Dimensions: B batch, H query heads, N ticks, Tk keys; S state variables, P per-head constants.
 """
@@ -64,6 +65,9 @@ def _forward_tick(tick: Tick, access: _Access, u: int) -> list[str]:
     return [
         *_replay(tick, u),
         f"total = {tick.out[0]}",
+        "if FINAL:",
+        *(f"    f{i} = tl.where(n + {u} == closed, s{i}, f{i})" for i in range(len(tick.spec.states))),
+        f"    fbias = tl.where(n + {u} == closed, total, fbias)",
         *access.barrier(u, ["total += strength * near"]),
         access.store("total * inverse", "P", u),
         *tick.advance,
@@ -155,7 +159,7 @@ def _ahead_one_by_one(tick: Tick) -> list[str]:
     """As `_ahead` for large sets of parts, a tick at a time."""
     access = _Access(tick.spec.tick, True)
     step = [*_loads(tick, access, "drive", "i"), *_forward_tick(tick, access, 0)]
-    inner = ["for n in range(part * every, tl.minimum((part + 1) * every, ticks)):", *indented(step, 1)]
+    inner = ["for n in range(part * every, tl.minimum((part + 1) * every, last)):", *indented(step, 1)]
     return ["for part in range(born, parts):", *indented([*_check(tick, "live"), *inner], 1)]
 
 
@@ -203,7 +207,17 @@ def layer_lines(tick: Tick) -> list[str]:
     forward = [
         *head("P", "drive"),
         *(f"s{i} = tl.full([BLOCK], {float(name in FULL_AT_REST)}, tl.float32)" for i, name in enumerate(spec.states)),
+        "last = ticks",
+        "if FINAL:",
+        "    last = closed + 1",
+        "    parts = closed // every + 1",
+        "    edge = parts",
+        *(f"    f{i} = s{i}" for i in range(states)),
+        "    fbias = tl.zeros([BLOCK], tl.float32)",
         *ahead(tick),
+        "if FINAL:",
+        *(f"    tl.store(final_ptr + ({i} * pairs + row) * keys + offset, f{i}, mask=live)" for i in range(states)),
+        f"    tl.store(final_ptr + ({states} * pairs + row) * keys + offset, fbias, mask=live)",
     ]
     backward = [
         *head("1", "drive", "gbeta"),
@@ -220,8 +234,8 @@ def layer_lines(tick: Tick) -> list[str]:
     return [
         *codegen.kernel_text(
             "forward",
-            f"drive_ptr, constant_ptr, plane_ptr, check_ptr, barrier_ptr, strength_ptr, inverse, {common}, P: tl.constexpr, "
-            "CHECK: tl.constexpr, BLOCK: tl.constexpr",
+            f"drive_ptr, constant_ptr, plane_ptr, check_ptr, final_ptr, barrier_ptr, strength_ptr, inverse, closed, {common}, "
+            "P: tl.constexpr, CHECK: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr",
             forward,
         ),
         *codegen.kernel_text(

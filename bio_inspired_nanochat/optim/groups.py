@@ -10,6 +10,8 @@ from torch.nn import Parameter
 from bio_inspired_nanochat.optim.config import OptimConfig
 
 MATRIX = "matrix"
+FAST = "fast"  # the matrices into and out of fast weights
+MUON = (MATRIX, FAST)
 # AdamW's betas and decay by role. Decay is times the learning rate per step.
 ADAMW = {
     "embed": {"betas": (0.8, 0.995), "weight_decay": 0.001},
@@ -19,7 +21,7 @@ ADAMW = {
     "gate": {"betas": (0.8, 0.95), "weight_decay": 0.0},
     "kinetics": {"betas": (0.8, 0.95), "weight_decay": 0.0},
 }
-ROLES = (MATRIX, *ADAMW)
+ROLES = (*MUON, *ADAMW)
 
 _REFERENCE_WIDTH = 768
 _REFERENCE_BATCH = 1 << 19
@@ -33,7 +35,7 @@ def parameter_groups(
     n_embd: int,
     batch_tokens: int,
 ) -> list[dict[str, Any]]:
-    """One group per role that occurs, for Muon (role `matrix`) and AdamW (the others).
+    """One group per role that occurs, for Muon (roles `matrix` and `fast`) and AdamW (the others).
 
     Only the role decides: a parameter without one, an unknown role, a role without its parameter, and a matrix that has fewer than two
     dimensions or does not learn are assertions. Other parameters that do not learn are left out.
@@ -44,7 +46,7 @@ def parameter_groups(
     for name, param in named.items():
         role = roles[name]
         assert role in ROLES, f"{name} has the unknown role {role!r}: one of {', '.join(ROLES)}"
-        if role == MATRIX:
+        if role in MUON:
             assert param.ndim >= 2, f"{name} has shape {tuple(param.shape)}: Muon takes matrices only"
             assert param.requires_grad, f"{name} does not learn: Muon takes matrices with a gradient only"
         if param.requires_grad:
@@ -53,7 +55,7 @@ def parameter_groups(
     for role in ROLES:
         if role in members:
             lr = learning_rate(role, config, n_embd=n_embd, batch_tokens=batch_tokens)
-            own = {"momentum": config.momentum, "weight_decay": config.weight_decay} if role == MATRIX else ADAMW[role]
+            own = {"momentum": config.momentum, "weight_decay": config.weight_decay} if role in MUON else ADAMW[role]
             params = [named[name] for name in members[role]]
             groups.append({"name": role, "role": role, "names": members[role], "params": params, "lr": lr, "initial_lr": lr, **own})
     return groups

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim.clip import clip_grad_norm
 from bio_inspired_nanochat.optim.config import OptimConfig
-from bio_inspired_nanochat.optim.groups import MATRIX, parameter_groups
+from bio_inspired_nanochat.optim.groups import MUON, parameter_groups
 from bio_inspired_nanochat.optim.muon import Muon
 from bio_inspired_nanochat.optim.schedule import lr_multiplier, muon_momentum
 
@@ -45,8 +45,8 @@ class Optimizer:
         self.config = config
         self.lr_multiplier = 1.0
         self.momentum = config.momentum
-        matrices = [group for group in groups if group["role"] == MATRIX]
-        others = [group for group in groups if group["role"] != MATRIX]
+        matrices = [group for group in groups if group["role"] in MUON]
+        others = [group for group in groups if group["role"] not in MUON]
         self._muon = Muon(matrices, cautious=config.cautious) if matrices else None
         self._adamw = torch.optim.AdamW(others, eps=_EPS, fused=True) if others else None
         self._parts: list[torch.optim.Optimizer] = [part for part in (self._muon, self._adamw) if part is not None]

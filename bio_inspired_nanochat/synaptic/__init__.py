@@ -2,18 +2,32 @@
 
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
+from bio_inspired_nanochat.synaptic.block import GATE_CHANNELS, Block, Embedding
+from bio_inspired_nanochat.synaptic.consolidation import Consolidation, consolidate, rollback, sleep
+from bio_inspired_nanochat.synaptic.engram import Engram
 from bio_inspired_nanochat.synaptic.execution import describe_execution
-from bio_inspired_nanochat.synaptic.layers import MLP, CausalSelfAttention, Linear, rms_norm, rotary
+from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention, rotary
+from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
+from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
+from bio_inspired_nanochat.synaptic.postsynaptic import DENSITY_ROLES, Density, SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
-from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState, SynapseState, same_layout
+from bio_inspired_nanochat.synaptic.state import Chunk, Extras, FastState, LayerState, SynapseState, same_layout
 from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise
 
 __all__ = [
+    "DENSITY_ROLES",
     "GAINS",
+    "GATE_CHANNELS",
     "MLP",
+    "Block",
     "CausalSelfAttention",
     "Chunk",
+    "Consolidation",
+    "Density",
+    "Embedding",
+    "Engram",
     "Extras",
+    "FastState",
     "LayerState",
     "LayerTelemetry",
     "Linear",
@@ -21,10 +35,15 @@ __all__ = [
     "SynapseState",
     "SynapticCausalSelfAttention",
     "SynapticConfig",
+    "SynapticLinear",
+    "SynapticMLP",
     "auxiliary_loss",
+    "consolidate",
     "describe_execution",
     "rms_norm",
+    "rollback",
     "rotary",
     "same_layout",
+    "sleep",
     "summarise",
 ]

@@ -9,6 +9,8 @@ Dimensions: B batch, H query heads, T tokens, N ticks, D head size, L cache leng
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,11 @@ from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import (
     PresynParams,
     PresynState,
+    ReleaseNoise,
     cannot_fuse,
     fused_attention,
     fused_obstacle,
+    fused_opening,
     num_ticks,
     presyn,
     presyn_bias,
@@ -83,29 +87,53 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         return fused_obstacle(q, theta, params, extras.noise)
 
     def _fused(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, params: PresynParams, extras: Extras) -> Tensor:
-        cost = strength = None
-        if self.cfg.barrier != "none":
-            cost, strength = self.synapse.barrier_cost(x), self.synapse.strength()
-        largest = 1.01 * QK_SCALE**2 * self.head_dim * self.scale  # QK norm, and a little for rounding
-        return fused_attention(
-            *(q, k, v, theta, params, self.scale, largest),
-            cost=cost,
-            strength=strength,
-            window=self.window,
-            doc=extras.doc,
-            noise=extras.noise,
-            kind=self.cfg.drive,
-        )
+        cost = None if self.cfg.barrier == "none" else self.synapse.barrier_cost(x)
+        return fused_attention(q, k, v, theta, params, self.scale, self._largest, **self._options(cost, extras.doc, extras.noise))
+
+    @property
+    def _largest(self) -> float:
+        """Bound on the logits that QK norm gives, and a little for rounding."""
+        return 1.01 * QK_SCALE**2 * self.head_dim * self.scale
+
+    def _options(self, cost: Tensor | None, doc: Tensor | None, noise: ReleaseNoise | None) -> dict[str, Any]:
+        strength = None if cost is None else self.synapse.strength()
+        return {"cost": cost, "strength": strength, "window": self.window, "doc": doc, "noise": noise, "kind": self.cfg.drive}
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""
         stop = chunk.stop
         k, v = state.k[:, :, :stop], state.v[:, :, :stop]
+        if chunk.uniform and chunk.start == 0 and self._opens(q, chunk):
+            return self._open(x, q, k, v, state, chunk)
         beta = self._advance(q, k, state, chunk) if self.cfg.presyn else None
         if self.cfg.barrier != "none":
             barrier = self._barrier_step(x, state, chunk)
             beta = barrier if beta is None else beta + barrier
         return self._biased(q, k, v, beta, q_start=chunk.start, doc=chunk.doc)
+
+    def _opens(self, q: Tensor, chunk: Chunk) -> bool:
+        """Whether one operator serves the first chunk of all rows."""
+        if self.backend not in ("auto", "fused") or not self.cfg.presyn or chunk.size < self.tick:
+            return False
+        theta, params = self.synapse.theta_value(), self.synapse.params()
+        return self._fused_obstacle(q, theta, params, Extras(noise=self._noise(chunk))) is None
+
+    def _noise(self, chunk: Chunk) -> ReleaseNoise | None:
+        return None if chunk.noise is None else chunk.noise.at(self.layer, chunk.start // self.tick)
+
+    def _open(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
+        """`attend_step` of the first chunk of all rows."""
+        cost = None
+        if self.cfg.barrier != "none":
+            cost = self.synapse.barrier_cost(x)
+            if state.barrier is not None:
+                chunk.write(state.barrier, cost.to(state.barrier.dtype).cumsum(-1))
+        theta, params = self.synapse.theta_value(), self.synapse.params()
+        options = self._options(cost, chunk.doc, self._noise(chunk))
+        y, after, state.beta[:, :, : chunk.stop] = fused_opening(q, k, v, theta, params, self.scale, self._largest, **options)
+        for name, value in after.parts().items():
+            getattr(state, name)[:, :, : chunk.stop] = value
+        return y
 
     def _drive(self, q: Tensor, k: Tensor, theta: Tensor, **where) -> Tensor:
         drive = tick_drive(q, k, theta, self.tick, self.scale, kind=self.cfg.drive, backend=self.parts, **where) / self.tick
@@ -129,8 +157,7 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
                 return presyn_bias(self._terminals(state, stop), params, chunk.doc)[:, :, None]
             return state.beta[:, :, None, :stop]
         before = self._terminals(state, stop)
-        noise = None if chunk.noise is None else chunk.noise.at(self.layer, chunk.start // self.tick)
-        beta, after = presyn(drive, params, before, closed=closed, doc=chunk.doc, noise=noise, backend=self.parts)
+        beta, after = presyn(drive, params, before, closed=closed, doc=chunk.doc, noise=self._noise(chunk), backend=self.parts)
         for name, value in after.parts().items():
             getattr(state, name)[:, :, :stop] = value
         state.beta[:, :, :stop] = presyn_bias(after, params, chunk.doc)

@@ -12,7 +12,7 @@ from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 
 def describe_execution(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
     """The line for whole sequences, for example `attention: fused, ... (backend=auto)`."""
-    if not (config.synapses and config.syn_cfg.active):
+    if not (config.synapses and config.syn_cfg.in_attention):
         return "attention: PyTorch's scaled_dot_product_attention (no synapses)"
     if config.backend != "auto":
         return f"attention: {config.backend} (backend={config.backend})"

@@ -1,39 +1,25 @@
-"""The vanilla parts of a block: normalisation, rotary positions, linear layers, attention and MLP.
+"""The vanilla parts of attention: rotary positions, projections, QK norm.
 
 Dimensions: B batch, T tokens, H query heads, Hkv key heads, D head size, L cache length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import tick_biased_attention
+from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
+from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
 from bio_inspired_nanochat.synaptic.state import Arrival, Chunk, Extras, LayerState
+
+Through = Callable[[Linear, Tensor], Tensor]  # runs a projection on an input, for whole sequences or for the next chunk
 
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, without gains."""
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-class Linear(nn.Linear):
-    """A bias-free linear layer that keeps float32 weights and computes in the dtype of its input."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Leave the weight to the model's `init_weights`, which fills every parameter."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., n_in] to [..., n_out]."""
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,14 +50,16 @@ class CausalSelfAttention(nn.Module):
         self.window = config.window(layer)
         self.backend = config.backend
         self.parts = "auto" if self.backend == "fused" else self.backend  # of the single operators, which fused does not name
-        self.q = Linear(config.n_embd, config.n_head * config.head_dim)
-        self.k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
-        self.v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
-        self.o = Linear(config.n_head * config.head_dim, config.n_embd)
+        heads, shared = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        for key, n_in, n_out in (("q", config.n_embd, heads), ("k", config.n_embd, shared), ("v", config.n_embd, shared)):
+            setattr(self, key, SynapticLinear(n_in, n_out, config.syn_cfg, key) if config.synapses else Linear(n_in, n_out))
+        self.o = SynapticLinear(heads, config.n_embd, config.syn_cfg, "o") if config.synapses else Linear(heads, config.n_embd)
 
-    def project(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, through: Through
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, D] and k, v [B, Hkv, T, D] of the normalised block input x [B, T, n_embd]."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (through(layer, x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if value_embed is not None:
             v = v + value_embed.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k = (rms_norm(apply_rotary(side, cos_sin)) * QK_SCALE for side in (q, k))
@@ -79,8 +67,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, extras: Extras) -> Tensor:
         """Whole sequences from position 0: x [B, T, n_embd] to [B, T, n_embd]."""
-        q, k, v = self.project(x, cos_sin, value_embed)
-        return self._merge(self.attend(x, q, k, v, extras))
+
+        def through(layer: Linear, x: Tensor) -> Tensor:
+            return layer(x, extras)
+
+        q, k, v = self.project(x, cos_sin, value_embed, through)
+        return self.o(_merged(self.attend(x, q, k, v, extras)), extras)
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Tensor:
         """Attention output [B, H, T, D] for whole sequences."""
@@ -88,8 +80,12 @@ class CausalSelfAttention(nn.Module):
 
     def step(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, state: LayerState, chunk: Arrival) -> Tensor:
         """The next chunk of every sequence: x [B, t, n_embd]; keys, values and synapses in `state` advance in place."""
-        q, k, v = self.project(x, cos_sin, value_embed)
-        return self._merge(chunk.attend(self, x, q, k, v, state))
+
+        def through(layer: Linear, x: Tensor) -> Tensor:
+            return layer.step(x, state, chunk)
+
+        q, k, v = self.project(x, cos_sin, value_embed, through)
+        return self.o.step(_merged(chunk.attend(self, x, q, k, v, state)), state, chunk)
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache."""
@@ -103,18 +99,7 @@ class CausalSelfAttention(nn.Module):
         k, v = torch.zeros(2, batch, self.n_kv_head, length, self.head_dim, device=device, dtype=dtype)
         return LayerState(k, v)
 
-    def _merge(self, y: Tensor) -> Tensor:
-        return self.o(y.transpose(1, 2).flatten(2))
 
-
-class MLP(nn.Module):
-    """Two linear layers with a squared ReLU between them."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.w_in = Linear(config.n_embd, 4 * config.n_embd)
-        self.w_out = Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, n_embd] to [B, T, n_embd]."""
-        return self.w_out(F.relu(self.w_in(x)).square())
+def _merged(y: Tensor) -> Tensor:
+    """Heads [B, H, T, D] side by side, [B, T, H * D]."""
+    return y.transpose(1, 2).flatten(2)

@@ -1,12 +1,12 @@
 """SynapseState: everything that belongs to running sequences and not to the model.
 
-Dimensions: B batch, H query heads, Hkv key heads, L cache length, D head size.
+Dimensions: B batch, H query heads, Hkv key heads, L cache length, D head size, r modes of fast weights.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,42 @@ from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import ReleaseNoise
+from bio_inspired_nanochat.synaptic.engram import Engram
+
+FAST = "fast."  # begins the names of the tensors of fast weights
+
+
+class FastState(NamedTuple):
+    """Fast weights of one projection and what governs them, float32.
+
+    weights: [B, r, r], rows post and columns pre modes; camkii, pp1, bdnf, open_calcium: [B] as in `kernels.density`;
+    norm_sum, gate_sum, tokens: [B] sums over the tokens of the running document of the normalisations, of the read gate and of one,
+    which `consolidate` needs.
+    """
+
+    weights: Tensor
+    camkii: Tensor
+    pp1: Tensor
+    bdnf: Tensor
+    open_calcium: Tensor
+    norm_sum: Tensor
+    gate_sum: Tensor
+    tokens: Tensor
+
+    def copy_(self, other: FastState) -> None:
+        """Take over the values of another, in place."""
+        for mine, theirs in zip(self, other, strict=True):
+            mine.copy_(theirs)
+
+
+class Place(NamedTuple):
+    """Where tokens stand. first: position of the first one, common or [B]; fresh [B, T]: True where a document begins behind another
+    one; live [B, T]: False for padding at the right end; None for never and always.
+    """
+
+    first: int | Tensor = 0
+    fresh: Tensor | None = None
+    live: Tensor | None = None
 
 
 @dataclass
@@ -24,7 +60,8 @@ class LayerState:
     """State of one layer. k, v: [B, Hkv, L, D] cache; the synaptic tensors are None in a vanilla layer.
 
     calcium to energy: [B, H, L] (ring: [B, H, L, d]) terminals at the start of the open tick, as in `kernels.PresynState`;
-    beta: [B, H, L] bias of the open tick (before the barrier); barrier: [B, H, L] float64 running sum of the gate's costs.
+    beta: [B, H, L] bias of the open tick (before the barrier); barrier: [B, H, L] float64 running sum of the gate's costs;
+    fast: by projection (one of `config.synaptic.FAST_LAYERS`), where there are fast weights.
     """
 
     k: Tensor
@@ -44,10 +81,19 @@ class LayerState:
     energy: Tensor | None = None
     beta: Tensor | None = None
     barrier: Tensor | None = None
+    fast: dict[str, FastState] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that exist, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        """The tensors that exist, by name; those of fast weights as `fast.<projection>.<part>`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fast" and getattr(self, f.name) is not None}
+        return own | {f"{FAST}{key}.{part}": value for key, fast in self.fast.items() for part, value in fast._asdict().items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> LayerState:
+        """The state with these tensors, named as by `tensors`."""
+        keys = dict.fromkeys(name.split(".")[1] for name in tensors if name.startswith(FAST))
+        fast = {key: FastState(*(tensors[f"{FAST}{key}.{part}"] for part in FastState._fields)) for key in keys}
+        return cls(**{name: value for name, value in tensors.items() if not name.startswith(FAST)}, fast=fast)
 
 
 class Extras(NamedTuple):
@@ -69,6 +115,10 @@ class Arrival(Protocol):
         """Attention output [B, H, t, D] of the new tokens, whose keys and values [B, Hkv, t, D] join `state`; x [B, t, n_embd]."""
         ...
 
+    def place(self, device: torch.device) -> Place:
+        """Where the new tokens stand, for layers with fast weights."""
+        ...
+
 
 @dataclass
 class Chunk:
@@ -76,7 +126,8 @@ class Chunk:
 
     starts: position of the first new token of each row; lengths: real tokens per row (the rest is right padding);
     start: the common start, or a tensor [B] when the rows differ; stop: one past the last written position of any row;
-    doc: [B, stop] document id per position, or None; noise: draws of stochastic release, or None.
+    doc: [B, stop] document id per position, or None; fresh: [B, size] True where a document begins behind another one, with doc;
+    noise: draws of stochastic release, or None.
     """
 
     starts: list[int]
@@ -85,6 +136,7 @@ class Chunk:
     start: int | Tensor
     stop: int
     doc: Tensor | None = None
+    fresh: Tensor | None = None
     noise: ReleaseNoise | None = None
 
     @classmethod
@@ -119,6 +171,13 @@ class Chunk:
         self.write(state.v, v)
         return layer.attend_step(x, q, state, self)
 
+    def place(self, device: torch.device) -> Place:
+        """See `Arrival`."""
+        live = None
+        if not self.full:
+            live = torch.arange(self.size, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+        return Place(self.start, self.fresh, live)
+
     def closed(self, tick: int, device: torch.device) -> int | Tensor:
         """How many ticks end inside this chunk, common or per row."""
         counts = [(a + n) // tick - a // tick for a, n in zip(self.starts, self.lengths, strict=True)]
@@ -146,7 +205,7 @@ class SynapseState:
         return len(self.pos)
 
     def _map(self, change) -> SynapseState:
-        layers = [LayerState(**{name: change(value) for name, value in layer.tensors().items()}) for layer in self.layers]
+        layers = [LayerState.of({name: change(value) for name, value in layer.tensors().items()}) for layer in self.layers]
         doc, key = (None if value is None else change(value) for value in (self.doc, self.noise_key))
         return SynapseState(change(self.pos), layers, self.max_len, doc, key)
 
@@ -158,11 +217,13 @@ class SynapseState:
         """Take over the contents of a state of the same layout and batch size, in place."""
         if not same_layout(self, other) or self.batch_size != other.batch_size:
             raise UserError("a state can only take over one of the same model, max_len and batch size")
-        for mine, theirs in zip([self, *self.layers], [other, *other.layers], strict=True):
-            for field in fields(mine):
-                if isinstance(value := getattr(mine, field.name), Tensor):
-                    value.copy_(getattr(theirs, field.name))
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
         return self
+
+    def _tensors(self) -> list[Tensor]:
+        own = [value for value in (self.pos, self.doc, self.noise_key) if value is not None]
+        return own + [value for layer in self.layers for value in layer.tensors().values()]
 
     def select(self, rows: list[int] | Tensor) -> SynapseState:
         """A copy with the given rows, in that order; a row may be taken several times."""
@@ -183,7 +244,7 @@ class SynapseState:
             raise UserError("states of different models or max_len cannot be joined")
         layers = []
         for group in zip(*(state.layers for state in states), strict=True):
-            layers.append(LayerState(**{name: torch.cat([layer.tensors()[name] for layer in group]) for name in group[0].tensors()}))
+            layers.append(LayerState.of({name: torch.cat([layer.tensors()[name] for layer in group]) for name in group[0].tensors()}))
         doc = None if first.doc is None else torch.cat([state.doc for state in states])
         key = None if first.noise_key is None else torch.cat([state.noise_key for state in states])
         return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc, key)
@@ -212,9 +273,33 @@ class SynapseState:
         layers = []
         for index in range(shape["layers"]):
             prefix = f"layers.{index}."
-            layers.append(LayerState(**{n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
+            layers.append(LayerState.of({n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
         doc, key = (tensors[name].to(device) if name in tensors else None for name in ("doc", "noise_key"))
         return cls(tensors["pos"], layers, shape["max_len"], doc, key)
+
+    def engram(self) -> Engram:
+        """A copy of the fast weights and molecules of these sequences. Raises UserError for a model without fast weights."""
+        return Engram.of([layer.tensors() for layer in self.layers])
+
+    def save_engram(self, path: str | Path) -> None:
+        """Write the fast weights and molecules alone to one safetensors file; `model.init_state(..., engram=path)` reads it."""
+        self.engram().save(path)
+
+    @staticmethod
+    def load_engram(path: str | Path, device: torch.device | str = "cpu") -> Engram:
+        """Read what `save_engram` wrote. Raises UserError for a missing, damaged or foreign file."""
+        return Engram.load(path, device)
+
+    def implant(self, engram: Engram) -> None:
+        """Put an engram into these sequences, in place: its only row into all, or row by row.
+
+        Raises UserError for an engram of another model or another number of rows.
+        """
+        engram.check(Engram.layout_of([layer.tensors() for layer in self.layers]), self.batch_size)
+        for layer, parts in zip(self.layers, engram.layers, strict=True):
+            mine = layer.tensors()
+            for name, value in parts.items():
+                mine[name].copy_(value)
 
 
 def _shapes(state: SynapseState) -> list:
@@ -228,4 +313,4 @@ def same_layout(a: SynapseState, b: SynapseState) -> bool:
     return _shapes(a) == _shapes(b)
 
 
-__all__ = ["Arrival", "Chunk", "Extras", "LayerState", "SynapseState", "same_layout"]
+__all__ = ["Arrival", "Chunk", "Extras", "FastState", "LayerState", "Place", "SynapseState", "same_layout"]

@@ -5,7 +5,7 @@ Dimensions: B batch, H query heads, N ticks, Tk keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +20,24 @@ class LayerTelemetry(NamedTuple):
     """Statistics over all terminals that exist, by quantity: mean [H]; histogram [H, BINS], shares that sum to one.
 
     Quantities are those of `kernels.presyn`'s record: calcium, vesicles, bias, released, and the optional parts that are on.
+    fast: by projection with fast weights, means over the batch, 0-d: fast_weight_norm (Frobenius), camkii_mean, pp1_mean and
+    bdnf_mean after the last token, eta_mean over all tokens.
     """
 
     mean: dict[str, Tensor]
     histogram: dict[str, Tensor]
+    fast: dict[str, dict[str, Tensor]]
 
 
-def summarise(record: dict[str, Tensor], tick: int) -> LayerTelemetry:
-    """Reduce a layer's record ([B, H, N, Tk] each) over batch, ticks and keys; terminals that are not born yet do not count."""
+def summarise(record: dict[str, Any], tick: int) -> LayerTelemetry:
+    """Reduce a layer's record ([B, H, N, Tk] each) over batch, ticks and keys; terminals that are not born yet do not count.
+
+    The entry `fast` of the record holds what the projections say of their fast weights and is handed on.
+    """
     means, histograms = {}, {}
     for name, value in record.items():
+        if name == "fast":
+            continue
         ticks, keys = value.shape[2:]
         born = torch.arange(keys, device=value.device) < tick * torch.arange(1, ticks + 1, device=value.device)[:, None]
         value = value.detach().float()
@@ -41,7 +49,7 @@ def summarise(record: dict[str, Tensor], tick: int) -> LayerTelemetry:
         weight = born.expand_as(value).float().flatten()
         total = torch.zeros(value.shape[1] * BINS, device=value.device).index_add_(0, (bins + heads).flatten(), weight)
         histograms[name] = total.view(-1, BINS) / count
-    return LayerTelemetry(means, histograms)
+    return LayerTelemetry(means, histograms, record.get("fast", {}))
 
 
 def auxiliary_loss(record: dict[str, Tensor], energy_weight: float, pool_weight: float) -> Tensor:

@@ -55,7 +55,7 @@ def test_a_knob_moves_to_both_bounds_and_never_stays(name: str) -> None:
     assert values and current not in values and len(set(map(repr, values))) == len(values)
     for value in values:
         assert type(value) is type(current)
-        assert record.choices is None or value in record.choices
+        assert record.choices is None or set(value if isinstance(value, tuple) else (value,)) <= set(record.choices)
     if record.choices is None and not isinstance(current, bool):
         assert {record.lo, record.hi} <= {*values, current}
         assert min(values) >= record.lo and max(values) <= record.hi
@@ -65,6 +65,7 @@ def test_numbers_are_spread_on_their_own_scale() -> None:
     assert points("tau_c", 48.0) == [1.0, 8.0, 64.0, 512.0, 4096.0]
     assert points("theta", 1.0)[-2:] == [0.25, 2.5]
     assert points("tick", 4) == [1, 6, 32, 181, 1024]
+    assert points("fast_layers", ("v",))[:3] == [("q",), ("k",), ("o",)] and len(points("fast_layers", ("v",))[-1]) == 6
     assert points("drive", "phi") == ["softplus"] and points("presyn", True) == [False]
 
 
@@ -72,7 +73,7 @@ def test_every_knob_has_a_model_with_its_mechanism_on() -> None:
     plan = census.plan()
     assert list(plan.keys() - KNOBS.keys()) == [] and len(plan) == len(KNOBS)
     for name, model in plan.items():
-        switches = [owner for owner in owners(name) if name in MECHANISMS[owner].off and set(MECHANISMS[owner].needs) <= set(model)]
+        switches = [owner for owner in owners(name) if name in MECHANISMS[owner].off and MECHANISMS[owner].is_served(model)]
         assert not owners(name) or switches or set(owners(name)) & set(model), name
 
 

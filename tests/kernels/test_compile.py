@@ -13,7 +13,7 @@ from bio_inspired_nanochat.synaptic import Presynaptic
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 SHARED_LIMIT = 99 * 1024  # of an Ada card (sm_89); data-centre cards have more
-HALF = {"q_ptr", "k_ptr", "v_ptr", "gy_ptr", "y_ptr", "gq_ptr", "gk_ptr", "gv_ptr", "plane_ptr", "gplane_ptr", "side_ptr"}
+HALF = {"q_ptr", "k_ptr", "v_ptr", "gy_ptr", "y_ptr", "gq_ptr", "gk_ptr", "gv_ptr", "plane_ptr", "gdrive_ptr", "side_ptr"}
 ALIGNED = {
     "queries",
     "keys",
@@ -59,9 +59,9 @@ def tiled(dim: int, masked: bool):
     q = torch.zeros(1, 1, 1024, dim, dtype=torch.bfloat16)
     site = tiles.Site(8, dim**-0.5, 0, None, None, 0, 1)
     launches = {
-        attention._forward: ("attention", {"BOUNDED": True, "BARRIER": True}),
-        adjoint._backward_keys: ("attention_keys", {"NB": 16, "STATS": 3, "FILL": False}),
-        adjoint._backward_queries: ("attention_queries", {"KIND": 0, "ROWS": True}),
+        attention._forward: ("attention", {"P": 2, "BOUNDED": True, "BARRIER": True}),
+        adjoint._backward_keys: ("attention_keys", {"P": 2, "NB": 16, "STATS": 3, "FILL": False}),
+        adjoint._backward_queries: ("attention_queries", {"P": 2, "GR": 16, "KIND": 0, "ROWS": True}),
         drive._forward: ("drive", {"NB": 16, "FILL": False, "KIND": 0}),
         drive._backward_keys: ("drive_keys", {"ADD": True, "KIND": 0}),
         drive._backward_queries: ("drive_queries", {"KIND": 0}),
@@ -69,7 +69,7 @@ def tiled(dim: int, masked: bool):
     for kernel, (name, own) in launches.items():
         tile = tiles.tile_for(name, q, 8)
         masks = {"WINDOW": True, "DOC": True, "EXACT": False} if masked else {}
-        yield kernel, {**site.static(q, q, tile), **own, **masks}, tile
+        yield kernel, {**site.static(q, q, tile, own.get("P", 1)), **own, **masks}, tile
     yield adjoint._row_products, {"D": dim, "M": 64, "STATS": 3, "P": 2}, tiles.Tile(64, 64, 4, 3)
 
 
@@ -87,15 +87,17 @@ def test_tiled_kernels_fit(capability, dim, masked):
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT, f"{kernel.fn.__name__}: {binary.metadata.shared} bytes"
 
 
-@pytest.mark.parametrize("preset, site", [("core", "layer"), ("full", "layer"), ("core", "young")])
-def test_generated_kernels_of_the_terminals_fit(preset, site):
+@pytest.mark.parametrize(
+    "preset, site, last", [("core", "layer", False), ("core", "layer", True), ("full", "layer", True), ("core", "young", False)]
+)
+def test_generated_kernels_of_the_terminals_fit(preset, site, last):
     from bio_inspired_nanochat.kernels import presyn_codegen, presyn_kernels, tiles
 
     params = params_of(preset)
     names = list(presyn_codegen.states_of(PresynState.rest(1, 2, 4, params=params)))
     signature = presyn_codegen.signature_of(params, names, ["bias"], params.sampler is not None, site)
     made = presyn_kernels.kernels_for(signature)
-    constants = {"BLOCK": presyn_codegen.BLOCK, "BARRIER": True, "P": 2}
+    constants = {"BLOCK": presyn_codegen.BLOCK, "BARRIER": True, "P": 2, "EXACT": not last, "CHECK": not last, "FINAL": last}
     for kernel in (made.forward, made.backward, made.finish):
         fixed = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
         binary = compiled(kernel, 89, fixed, tiles.Tile(0, 0, presyn_codegen.WARPS, 3))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import unittest.mock
 
 import pytest
 import torch
@@ -94,6 +95,25 @@ def compare(device, dtype, length, tick, dim, tolerance, **options):
         assert torch.equal(got[name], again[name]), f"{name} differs between two runs"
 
 
+def compare_opening(device, dtype, tolerance, synapses, lengths, **overrides):
+    """Prompts read by one operator leave the states that the operators in a row leave, and decoding goes on alike."""
+    model, plain = (make_model(synapses, backend=backend, sequence_len=256, **overrides) for backend in ("fused", "reference"))
+    for each in (model, plain):
+        each.to(device).set_compute_dtype(dtype)
+    for length in lengths:
+        ids = make_ids(batch=2, length=length + 5).to(device)
+        states = [each.init_state(2, length + 5) for each in (model, plain)]
+        for chunk in (ids[:, :length], ids[:, length : length + 1], ids[:, length + 1 :]):
+            got, want = (each.step(chunk, state) for each, state in zip((model, plain), states, strict=True))
+            assert (got - want).abs().max() <= tolerance, f"{synapses}, prompt of {length}: logits"
+            for layer, other in zip(states[0].layers, states[1].layers, strict=True):
+                for name, value in layer.tensors().items():
+                    gap = (value.double() - other.tensors()[name].double()).abs().max()
+                    assert gap <= tolerance * max(1, other.tensors()[name].abs().max()), (
+                        f"{synapses}, prompt of {length}: {name} is off by {gap:.1e}"
+                    )
+
+
 OPTIONS = {
     "window": {"window": 19},
     "documents": {"docs": True, "window": 40},
@@ -122,6 +142,30 @@ def interpreted():
 
 def test_the_fused_layer_equals_the_reference_in_the_interpreter():
     run_interpreted("from tests.kernels.test_fused import interpreted\ninterpreted()")
+
+
+def opened():
+    sizes = {"n_embd": 32, "n_head": 2, "n_kv_head": 1, "n_layer": 1}
+    compare_opening("cpu", torch.float32, 1e-4, "default", (16, 19), window_pattern="SL", **sizes)
+    compare_opening("cpu", torch.float32, 1e-4, "rab", (8, 10), doc_mask=True, **sizes)
+    model = make_model("default", backend="fused", **sizes)
+    with unittest.mock.patch.object(fused, "opening", side_effect=fused.opening) as reader:
+        state = model.init_state(2, 40)
+        model.step(make_ids(batch=2, length=8), state)
+        model.step(make_ids(batch=2, length=8), state)
+        model.step(make_ids(batch=2, length=8), model.init_state(2, 40), lengths=[8, 5])
+    assert reader.call_count == 1  # what goes on and what is ragged is read operator by operator
+
+
+def test_prompts_are_read_by_the_fused_layer_in_the_interpreter():
+    run_interpreted("from tests.kernels.test_fused import opened\nopened()")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize("synapses", ["default", "seed", "rab"])
+def test_prompts_are_read_by_the_fused_layer_on_the_gpu(synapses, dtype, tolerance):
+    compare_opening("cuda", dtype, tolerance, synapses, (8, 9, 128, 200), n_embd=64, n_head=4, n_kv_head=2)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ ROLE_OF = {
     "embed": "embed",
     "values": "value_embed",
     "mix": "matrix",
-    "out": "matrix",
+    "out": "fast",
     "tall": "matrix",
     "experts": "matrix",
     "head": "head",
@@ -101,16 +101,19 @@ def test_every_role_learns_with_its_own_settings() -> None:
     assert kinetics["betas"] == (0.8, 0.95) and kinetics["weight_decay"] == 0.0 and kinetics["initial_lr"] == 0.01
 
 
-def test_only_the_matrix_role_reaches_muon() -> None:
+MUON = ("matrix", "fast")
+
+
+def test_only_matrices_and_those_of_fast_weights_reach_muon() -> None:
     model = Toy()
     optimizer = built(model)
     train(model, optimizer, 0, 1)
     for name, entry in optimizer.state_dict()["parameters"].items():
-        assert ("momentum" in entry["state"]) == (ROLE_OF[name] == "matrix")
-        assert ("exp_avg" in entry["state"]) == (ROLE_OF[name] != "matrix")
+        assert ("momentum" in entry["state"]) == (ROLE_OF[name] in MUON)
+        assert ("exp_avg" in entry["state"]) == (ROLE_OF[name] not in MUON)
 
 
-@pytest.mark.parametrize("role", [role for role in ROLES if role != "matrix"])
+@pytest.mark.parametrize("role", [role for role in ROLES if role not in MUON])
 def test_a_two_dimensional_parameter_of_another_role_stays_with_adamw(role: str) -> None:
     model = nn.Linear(4, 4, bias=False)
     optimizer = build_optimizer(model.named_parameters(), {"weight": role}, OptimConfig(), n_embd=4, batch_tokens=64)
@@ -124,6 +127,7 @@ def test_a_two_dimensional_parameter_of_another_role_stays_with_adamw(role: str)
     [
         (Parameter(torch.zeros(4)), "matrix", "matrices only"),
         (Parameter(torch.zeros(())), "matrix", "matrices only"),
+        (Parameter(torch.zeros(4)), "fast", "matrices only"),
         (Parameter(torch.zeros(4, 4), requires_grad=False), "matrix", "does not learn"),
         (Parameter(torch.zeros(4, 4)), "weight", "unknown role"),
     ],

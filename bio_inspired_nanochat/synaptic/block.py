@@ -1,0 +1,93 @@
+"""One layer of the model: residual stream, attention and MLP, and the tables of token embeddings.
+
+Dimensions: B batch, T tokens, Hkv key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
+from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
+from bio_inspired_nanochat.synaptic.linear import rms_norm
+from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
+from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
+from bio_inspired_nanochat.synaptic.state import Arrival, Extras, FastState, LayerState
+
+GATE_CHANNELS = 12
+
+
+class Embedding(nn.Embedding):
+    """A lookup table whose weight is left to the model's `init_weights`."""
+
+    def reset_parameters(self) -> None:
+        """Fill nothing: on the meta device the default would load the whole compiler."""
+
+
+class ValueEmbedding(nn.Module):
+    """A second token embedding added to one layer's values, gated per key head by the first channels of the input."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.table = Embedding(config.vocab_size, config.n_kv_head * config.head_dim)
+        self.gate = nn.Parameter(torch.empty(config.n_kv_head, min(GATE_CHANNELS, config.n_embd)))
+
+    def forward(self, idx: Tensor, x: Tensor) -> Tensor:
+        """idx [B, T] and normalised x [B, T, n_embd] to an addition [B, T, Hkv * D] for the values."""
+        gate = 3 * torch.sigmoid(F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)))
+        value = self.table(idx).to(x.dtype)
+        return (value.unflatten(-1, (len(self.gate), -1)) * gate[..., None]).flatten(-2)
+
+
+class Block(nn.Module):
+    """One layer: mix the residual stream with the embedding x0, then attention and MLP on the normalised stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        synaptic = config.synapses and config.syn_cfg.in_attention
+        self.attn = (SynapticCausalSelfAttention if synaptic else CausalSelfAttention)(config, layer)
+        self.mlp = (SynapticMLP if config.synapses else MLP)(config)
+        alternate = (config.n_layer - 1 - layer) % 2 == 0
+        self.value_embed = ValueEmbedding(config) if config.value_embeds and alternate else None
+
+    def fast_layers(self) -> dict[str, SynapticLinear]:
+        """The projections that carry fast weights, by their name in `LayerState.fast`."""
+        return {layer.key: layer for layer in self.modules() if isinstance(layer, SynapticLinear) and layer.density is not None}
+
+    def _enter(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The mixed stream, its normalised form and the addition to the values, if this layer has one."""
+        mix = scales.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        normed = rms_norm(x)
+        return x, normed, None if self.value_embed is None else self.value_embed(idx, normed)
+
+    def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], extras: Extras) -> Tensor:
+        """Whole sequences: x and x0 [B, T, n_embd], scales [2] of the two, idx [B, T]."""
+        x, normed, value_embed = self._enter(x, x0, scales, idx)
+        x = x + self.attn(normed, cos_sin, value_embed, extras)
+        return x + self.mlp(rms_norm(x), extras)
+
+    def step(
+        self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], state: LayerState, chunk: Arrival
+    ) -> Tensor:
+        """The next chunk of running sequences, x [B, t, n_embd]."""
+        x, normed, value_embed = self._enter(x, x0, scales, idx)
+        x = x + self.attn.step(normed, cos_sin, value_embed, state, chunk)
+        return x + self.mlp.step(rms_norm(x), state, chunk)
+
+    def init_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        """The state of `batch` fresh sequences of at most `length` tokens."""
+        state = self.attn.init_state(batch, length, device, dtype)
+        state.fast = {name: layer.init_state(batch, device, dtype) for name, layer in self.fast_layers().items()}
+        return state
+
+    def fits(self, state: LayerState) -> bool:
+        """Whether a state has the parts and modes of this layer."""
+        modes = {key: layer.density.modes for key, layer in self.fast_layers().items()}
+        parts = {f"fast.{key}.{part}" for key in modes for part in FastState._fields}
+        if set(state.tensors()) != self.attn.state_fields | parts:
+            return False
+        return all(state.fast[key].weights.shape[1] == count for key, count in modes.items())

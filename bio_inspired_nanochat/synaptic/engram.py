@@ -1,0 +1,105 @@
+"""Engrams: the fast weights that a session leaves behind, to be put into another one.
+
+Dimensions: B batch, r modes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, device
+
+from bio_inspired_nanochat.errors import UserError
+
+FORMAT = "bio_inspired_nanochat.engram"
+PARTS = ("weights", "camkii", "pp1", "bdnf")
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Engram:
+    """Per layer of the model the tensors `fast.<projection>.<part>`: weights [B, r, r], camkii, pp1 and bdnf [B].
+
+    layout: the fingerprint of the model that they belong to: heads and head size of its keys, modes of each projection.
+    """
+
+    layout: str
+    layers: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, layers: Sequence[Tensors]) -> Engram:
+        """A copy out of the tensors of each layer's state. Raises UserError when there are no fast weights."""
+        parts = [
+            {n: t.clone() for n, t in tensors.items() if n.startswith("fast.") and n.rpartition(".")[2] in PARTS} for tensors in layers
+        ]
+        if not any(parts):
+            raise UserError("this model has no fast weights, so it leaves no engram: train one with --syn_cfg.hebb=delta")
+        return cls(cls.layout_of(layers), parts)
+
+    @staticmethod
+    def layout_of(layers: Sequence[Tensors]) -> str:
+        """The fingerprint of a model, from the tensors of each layer's state."""
+        weights = [{n.split(".")[1]: t.shape[1] for n, t in tensors.items() if n.endswith(".weights")} for tensors in layers]
+        keys = [(tensors["k"].shape[1], tensors["k"].shape[3]) for tensors in layers]
+        return json.dumps({"keys": keys, "modes": weights}, sort_keys=True)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return next(len(value) for tensors in self.layers for value in tensors.values())
+
+    def check(self, layout: str, batch: int) -> None:
+        """Raise UserError unless the engram fits `batch` sequences of a model with this layout."""
+        if layout != self.layout:
+            raise UserError(f"this engram belongs to another model: {_difference(self.layout, layout)}; use the model that wrote it")
+        if self.batch_size not in (1, batch):
+            raise UserError(f"an engram of {self.batch_size} sequences does not fit {batch}: it must have 1 or {batch}")
+
+    def select(self, row: int) -> Engram:
+        """The engram of one sequence. Raises UserError when there is no such row."""
+        if not 0 <= row < self.batch_size:
+            raise UserError(f"row {row} is out of bounds [0, {self.batch_size - 1}] of this engram")
+        return Engram(self.layout, [{name: value[row : row + 1].clone() for name, value in tensors.items()} for tensors in self.layers])
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file."""
+        tensors = {f"layers.{i}.{name}": value.contiguous().cpu() for i, parts in enumerate(self.layers) for name, value in parts.items()}
+        save_file(tensors, str(path), metadata={"format": FORMAT, "layout": self.layout})
+
+    @classmethod
+    def load(cls, path: str | Path, device: device | str = "cpu") -> Engram:
+        """Read one. Raises UserError for a missing, damaged or foreign file."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"engram file {path} cannot be read: {error}") from None
+        if meta.get("format") != FORMAT:
+            raise UserError(f"{path} is not an engram: make one with state.save_engram")
+        count = len(json.loads(meta["layout"])["modes"])
+        layers: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for name, value in tensors.items():
+            _, index, rest = name.split(".", 2)
+            layers[int(index)][rest] = value.to(device)
+        return cls(meta["layout"], layers)
+
+
+def _difference(mine: str, theirs: str) -> str:
+    """Where two layouts differ, in words."""
+    a, b = json.loads(mine), json.loads(theirs)
+    if len(a["modes"]) != len(b["modes"]):
+        return f"it has {len(a['modes'])} layers, this model {len(b['modes'])}"
+    for index, (one, other) in enumerate(zip(a["modes"], b["modes"], strict=True)):
+        if one != other:
+            return f"in layer {index} it has fast weights {_modes(one)}, this model {_modes(other)}"
+    return "its heads have another number or size"
+
+
+def _modes(layer: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} of {modes} modes" for name, modes in layer.items()) or "nowhere"
