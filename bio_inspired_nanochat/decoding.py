@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.kernels.scan import on_triton
-from bio_inspired_nanochat.synaptic import CausalSelfAttention, LayerState, SynapseState, SynapticCausalSelfAttention, rotary
+from bio_inspired_nanochat.synaptic import CausalSelfAttention, LayerState, SynapseState, SynapticCausalSelfAttention, SynapticMoE, rotary
 
 if TYPE_CHECKING:
     from bio_inspired_nanochat.kernels.decode_triton import TokenSite
@@ -84,6 +84,8 @@ def graph_obstacle(model: GPT, state: SynapseState) -> str | None:
         return "this model keeps documents apart"
     if any(layer.fast for layer in state.layers):
         return "this model has fast weights"
+    if any(isinstance(block.mlp, SynapticMoE) for block in model.blocks):
+        return "this model has experts"
     from bio_inspired_nanochat.kernels import decode_triton  # imported late: a machine without Triton never gets here
 
     for block, layer in zip(model.blocks, state.layers, strict=True):

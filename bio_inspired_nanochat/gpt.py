@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +26,26 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import ReleaseNoise
 from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic import (
-    DENSITY_ROLES,
     GAINS,
     GATE_CHANNELS,
+    Accounts,
     Block,
     Chunk,
     Density,
     Embedding,
     Engram,
+    ExpertSynapse,
     Extras,
     LayerTelemetry,
     Linear,
     Presynaptic,
+    Probe,
+    Routing,
     SynapseState,
+    SynapticMoE,
     auxiliary_loss,
+    flops_per_token,
+    param_roles,
     rms_norm,
     rotary,
     summarise,
@@ -54,7 +61,8 @@ class RunOutput(NamedTuple):
 
     logits: [B, T, V] float32 (with several samples the log of the mean probabilities); loss: mean cross-entropy in nats, given
     targets; aux: weighted auxiliary losses of the synapses, which training adds, or None; telemetry: one entry per synaptic
-    layer, or None; variance: [B, T, V] variance of the probabilities over the samples, or None.
+    layer, or None; variance: [B, T, V] variance of the probabilities over the samples, or None; routing: per layer what its
+    experts did, or None.
     """
 
     logits: Tensor
@@ -62,6 +70,7 @@ class RunOutput(NamedTuple):
     aux: Tensor | None = None
     telemetry: list[LayerTelemetry] | None = None
     variance: Tensor | None = None
+    routing: list[Routing] | None = None
 
 
 class GPT(nn.Module):
@@ -100,7 +109,7 @@ class GPT(nn.Module):
                 generator = generator_for(seed, name)
                 if leaf == "embed":
                     values.normal_(0, 0.8, generator=generator)
-                elif self.config.init in RULES and leaf in ("q", "k", "v", "w_in"):
+                elif self.config.init in RULES and leaf in ("q", "k", "v", "w_in") and parameter.ndim == 2:
                     std = (0.4 * bound if leaf == "w_in" else bound) / math.sqrt(3)
                     values = automaton_matrix(*parameter.shape, RULES[self.config.init], generator, std)
                 else:
@@ -110,8 +119,10 @@ class GPT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Presynaptic):
                 module.init_weights()
-            elif isinstance(module, Density):
+            elif isinstance(module, (Density, ExpertSynapse)):
                 module.init_weights(seed, name)
+            elif isinstance(module, Accounts):
+                module.reset()
 
     def set_compute_dtype(self, dtype: torch.dtype) -> GPT:
         """Dtype of activations and caches; parameters stay float32."""
@@ -162,8 +173,15 @@ class GPT(nn.Module):
         """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input."""
         return self._logits(self._trunk(idx))
 
-    def _trunk(self, idx: Tensor, noise: ReleaseNoise | None = None, records: list[dict[str, Any]] | None = None) -> Tensor:
-        """The residual stream after the last block, [B, T, n_embd]; `records` gets one dictionary per layer."""
+    def _trunk(
+        self,
+        idx: Tensor,
+        noise: ReleaseNoise | None = None,
+        records: list[dict[str, Any]] | None = None,
+        routing: list[list[Routing]] | None = None,
+        probes: Sequence[Probe] | None = None,
+    ) -> Tensor:
+        """The residual stream after the last block, [B, T, n_embd]; `records` and `routing` get one entry per layer."""
         self._check_ids(idx)
         positions = torch.arange(idx.shape[1], device=idx.device)[None]
         x0 = self._embed(idx)
@@ -172,11 +190,14 @@ class GPT(nn.Module):
         doc = self._documents(idx)
         layers = torch.arange(len(self.blocks), device=idx.device)
         for layer, (block, scales) in enumerate(zip(self.blocks, self._scales(), strict=True)):
-            record = None
+            record = routes = None
             if records is not None:
                 records.append(record := {})
+            if routing is not None:
+                routing.append(routes := [])
             # the layer's index is a tensor, so that compiled blocks share their graph
-            x = block(x, x0, scales, idx, cos_sin, Extras(doc, None if noise is None else noise.at(layers[layer], 0), record))
+            draws = None if noise is None else noise.at(layers[layer], 0)
+            x = block(x, x0, scales, idx, cos_sin, Extras(doc, draws, record, routes, None if probes is None else probes[layer]))
         return x
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, noise_seed: int | None = None) -> Tensor:
@@ -199,18 +220,22 @@ class GPT(nn.Module):
         noise_step: int = 0,
         samples: int = 1,
         sequence_ids: Tensor | None = None,
+        routing: bool = False,
+        probes: Sequence[Probe] | None = None,
     ) -> RunOutput:
         """One pass over whole sequences; never changes the model.
 
         telemetry: also return what the terminals did. noise_seed: draw the fraction `stochastic_train_frac` of the release
         events from this seed (and noise_step, the step of a training run); None computes expectations. samples: Monte-Carlo passes, which give the predictive mean and
         variance (noise_seed None means 0 then). sequence_ids: [B] which sequence a row is, 0..B-1 by default: a row's noise
-        follows its id and not its place in the batch. Raises UserError when several samples are asked of a model without
+        follows its id and not its place in the batch. routing: also return what the experts did; probes: instruments of the experts,
+        one per layer (see `synaptic.moe.Probe`). Raises UserError when several samples are asked of a model without
         stochastic release.
         """
         if samples > 1:
             return self._monte_carlo(idx, targets, telemetry, noise_seed or 0, samples, sequence_ids)
-        return self._pass(idx, targets, telemetry, self._noise(idx, noise_seed, sequence_ids, step=noise_step))
+        noise = self._noise(idx, noise_seed, sequence_ids, step=noise_step)
+        return self._pass(idx, targets, telemetry, noise, routing and self.config.num_experts > 0, probes)
 
     @property
     def stochastic(self) -> bool:
@@ -223,19 +248,28 @@ class GPT(nn.Module):
         ids = torch.arange(idx.shape[0]) if sequence_ids is None else sequence_ids
         return ReleaseNoise.of(ids.to(idx.device), seed, step, sample)
 
-    def _pass(self, idx: Tensor, targets: Tensor | None, telemetry: bool, noise: ReleaseNoise | None) -> RunOutput:
+    def _pass(
+        self,
+        idx: Tensor,
+        targets: Tensor | None,
+        telemetry: bool,
+        noise: ReleaseNoise | None,
+        routing: bool = False,
+        probes: Sequence[Probe] | None = None,
+    ) -> RunOutput:
         cfg = self.config.syn_cfg
         wants_aux = self.config.synapses and cfg.presyn and targets is not None and (cfg.aux_energy or cfg.aux_pool)
         tells = self.config.synapses and (cfg.presyn or cfg.hebb != "off")
         records: list[dict[str, Any]] | None = [] if wants_aux or (telemetry and tells) else None
-        x = self._trunk(idx, noise, records)
+        routes: list[list[Routing]] | None = [] if routing else None
+        x = self._trunk(idx, noise, records, routes, probes)
         logits, loss = (self._logits(x), None) if targets is None else self._loss(x, targets)
         aux = summary = None
         if wants_aux:
             aux = torch.stack([auxiliary_loss(record, cfg.aux_energy, cfg.aux_pool) for record in records]).mean()
         if telemetry:
             summary = [summarise(record, cfg.tick) for record in records or []]
-        return RunOutput(logits, loss, aux, summary)
+        return RunOutput(logits, loss, aux, summary, routing=None if routes is None else [route for (route,) in routes])
 
     def _monte_carlo(
         self, idx: Tensor, targets: Tensor | None, telemetry: bool, seed: int, samples: int, sequence_ids: Tensor | None
@@ -342,42 +376,21 @@ class GPT(nn.Module):
                 )
 
     def param_roles(self) -> dict[str, str]:
-        """What each parameter is for the optimizer: matrix, fast, embed, value_embed, head, scalar, gate or kinetics."""
-        roles = {}
-        for name, parameter in self.named_parameters():
-            leaf = name.rsplit(".", 1)[-1]
-            if ".synapse." in name:
-                roles[name] = "gate" if leaf.startswith("gate_") else "kinetics"
-            elif ".density." in name:
-                roles[name] = DENSITY_ROLES.get(leaf, "kinetics")
-            elif ".value_embed." in name:
-                roles[name] = "value_embed" if leaf == "weight" else "gate"
-            elif name.startswith(("embed.", "head.")):
-                roles[name] = name.split(".")[0]
-            else:
-                roles[name] = "matrix" if parameter.ndim == 2 else "scalar"
-        return roles
+        """What each parameter is for the optimizer; see `synaptic.roles`."""
+        return param_roles(self.named_parameters())
 
     def num_params(self) -> int:
         """Number of learned values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Training operations per token, forward and backward: 6 per matrix weight, 12 D per head and visible pair on average.
+        """Training operations per token, forward and backward; see `synaptic.roles`."""
+        modes = [module.modes for module in self.modules() if isinstance(module, Density)]
+        return flops_per_token(self.config, dict(self.named_parameters()), modes)
 
-        A synaptic layer adds its drive, a second product of queries and keys: 6 D per head and pair; fast weights of r modes the
-        product that reads and the one that writes: 12 r^2 per token.
-        """
-        cfg = self.config
-        lookups = {name for name, role in self.param_roles().items() if role in ("embed", "value_embed", "scalar", "kinetics")}
-        flops = 6 * sum(p.numel() for name, p in self.named_parameters() if name not in lookups)
-        flops += sum(12 * module.modes**2 for module in self.modules() if isinstance(module, Density))
-        for layer in range(cfg.n_layer):
-            window = min(cfg.window(layer) or cfg.sequence_len, cfg.sequence_len)
-            pairs = window - window * (window - 1) / (2 * cfg.sequence_len)
-            synaptic = cfg.synapses and cfg.syn_cfg.presyn
-            flops += int((18 if synaptic else 12) * cfg.n_embd * pairs)
-        return flops
+    def experts(self) -> list[SynapticMoE]:
+        """The mixtures of experts, one per layer; none in a model without."""
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, SynapticMoE)]
 
     def gains(self) -> list[dict[str, list[float]]]:
         """Learned output gains per layer: one list over heads for each gain that exists; empty for a vanilla model.
@@ -400,6 +413,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Density):
                 module.out.zero_()
+            if isinstance(module, ExpertSynapse):
+                module.zero_gains()
             if isinstance(module, Presynaptic):
                 for name in GAINS:
                     if hasattr(module, name):

@@ -17,6 +17,8 @@ MODELS = {
     "window": {"window_pattern": "SL"},
     "documents": {"doc_mask": True},
     "no_value_embeds": {"value_embeds": False},
+    "experts": {"num_experts": 4, "expert_slots": 5},
+    "experts_documents": {"num_experts": 4, "doc_mask": True},
 }
 SYNAPSES: dict[str, SynapticConfig | None] = {"vanilla": None, "default": SynapticConfig()}
 SYNAPSES |= {name: config_with(name) for name in MECHANISMS}
@@ -56,11 +58,13 @@ def make_model(synapses: str, tick: int = 4, seed: int = 0, live: bool = True, *
     model = GPT(GPTConfig(**{**SIZES, **overrides}), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
-        if name.endswith((".o.weight", "w_out.weight", "head.weight", "value_embed.gate")):
+        if name.endswith((".o.weight", "w_out.weight", "experts.w_out", "head.weight", "value_embed.gate")):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     for block in model.blocks:
         if live and hasattr(block.attn, "synapse"):
             lively(block.attn.synapse)
+        if live and getattr(block.mlp, "synapse", None) is not None:
+            lively(block.mlp.synapse)
         for layer in block.fast_layers().values() if live else ():
             remembering(layer.density)
     return model.eval()

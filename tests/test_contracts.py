@@ -55,7 +55,8 @@ def causality_gap(net, ids, changed):
 @backends
 @pytest.mark.parametrize("changed", [1, 13, 39])
 def test_the_future_never_changes_the_past(synapses, model, backend, changed):
-    assert causality_gap(build(synapses, model, backend=backend), make_ids(), changed) == 0.0
+    gap = causality_gap(build(synapses, model, backend=backend), make_ids(), changed)
+    assert gap <= (1e-5 if "experts" in model else 0.0)  # the rounding of a group's product depends on its size
 
 
 def test_the_causality_test_catches_a_leak(monkeypatch):
@@ -83,7 +84,10 @@ def test_a_batch_neighbour_never_changes_a_row(synapses, model):
     assert_near(net(ids)[1:2], net(ids[1:2]))
     shuffled = ids.clone()
     shuffled[[0, 2]] = make_ids(batch=2, seed=9)
-    assert torch.equal(net(ids)[1], net(shuffled)[1])
+    if "experts" in model:
+        assert_near(net(ids)[1], net(shuffled)[1])
+    else:
+        assert torch.equal(net(ids)[1], net(shuffled)[1])
 
 
 @variants
@@ -224,7 +228,7 @@ def test_every_parameter_has_a_role_and_a_gradient(synapses):
     net = make_model(synapses, value_embeds=True)
     roles = net.param_roles()
     assert set(roles) == {name for name, _ in net.named_parameters()}
-    assert all(parameter.ndim == 2 for name, parameter in net.named_parameters() if roles[name] == "matrix")
+    assert all(parameter.ndim >= 2 for name, parameter in net.named_parameters() if roles[name] == "matrix")
     ids = make_ids()
     net(ids[:, :-1], ids[:, 1:]).backward()
     for name, parameter in net.named_parameters():

@@ -19,6 +19,7 @@ ADAMW = {
     "head": {"betas": (0.8, 0.96), "weight_decay": 0.01},
     "scalar": {"betas": (0.8, 0.95), "weight_decay": 0.0},
     "gate": {"betas": (0.8, 0.95), "weight_decay": 0.0},
+    "router": {"betas": (0.8, 0.95), "weight_decay": 0.0},
     "kinetics": {"betas": (0.8, 0.95), "weight_decay": 0.0},
 }
 ROLES = (*MUON, *ADAMW)
@@ -66,13 +67,13 @@ def learning_rate(role: str, config: OptimConfig, *, n_embd: int, batch_tokens: 
 
     Width, and with it depth, because the one dial sets both: tables and the head (`embed`, `value_embed`, `head`) scale with
     sqrt(768 / n_embd). A matrix does not: an orthogonalised step already changes a layer's output by the same amount at every width.
-    Gates, scalars and kinetics act per head or channel and have no width.
-    Batch: all but gates and kinetics grow with sqrt(batch_tokens / 2^19), at most twofold, and do not shrink below 2^19: at 4096 tokens
+    Gates, routers, scalars and kinetics act per head, expert or channel and have no width.
+    Batch: all but gates, routers and kinetics grow with sqrt(batch_tokens / 2^19), at most twofold, and do not shrink below 2^19: at 4096 tokens
     the full rates are stable, and square-root scaling down to there costs 0.7 nats in 120 steps.
     """
     factor = 1.0
     if role in ("embed", "value_embed", "head"):
         factor *= (_REFERENCE_WIDTH / n_embd) ** 0.5
-    if role not in ("gate", "kinetics"):
+    if role not in ("gate", "router", "kinetics"):
         factor *= min(2.0, max(1.0, (batch_tokens / _REFERENCE_BATCH) ** 0.5))
     return float(getattr(config, f"{role}_lr")) * factor

@@ -70,7 +70,8 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         beta = None
         if params is not None:
             drive = self._drive(q, k, theta, window=self.window, doc=extras.doc)
-            beta, _ = presyn(drive, params, closed=tokens // self.tick, causal=True, backend=self.parts, **extras._asdict())
+            course = {"doc": extras.doc, "noise": extras.noise, "record": extras.record}
+            beta, _ = presyn(drive, params, closed=tokens // self.tick, causal=True, backend=self.parts, **course)
         if self.cfg.barrier != "none":
             total = running_sum(self.synapse.barrier_cost(x)) if self.cfg.barrier == "gated" else None
             first = torch.arange(0, tokens, self.tick, device=x.device)[None]

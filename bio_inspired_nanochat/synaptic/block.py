@@ -14,8 +14,9 @@ from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
 from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
 from bio_inspired_nanochat.synaptic.linear import rms_norm
 from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
+from bio_inspired_nanochat.synaptic.moe import SynapticMoE
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
-from bio_inspired_nanochat.synaptic.state import Arrival, Extras, FastState, LayerState
+from bio_inspired_nanochat.synaptic.state import Arrival, ExpertState, Extras, FastState, LayerState
 
 GATE_CHANNELS = 12
 
@@ -49,7 +50,7 @@ class Block(nn.Module):
         super().__init__()
         synaptic = config.synapses and config.syn_cfg.in_attention
         self.attn = (SynapticCausalSelfAttention if synaptic else CausalSelfAttention)(config, layer)
-        self.mlp = (SynapticMLP if config.synapses else MLP)(config)
+        self.mlp = (SynapticMoE if config.num_experts else SynapticMLP if config.synapses else MLP)(config)
         alternate = (config.n_layer - 1 - layer) % 2 == 0
         self.value_embed = ValueEmbedding(config) if config.value_embeds and alternate else None
 
@@ -82,12 +83,16 @@ class Block(nn.Module):
         """The state of `batch` fresh sequences of at most `length` tokens."""
         state = self.attn.init_state(batch, length, device, dtype)
         state.fast = {name: layer.init_state(batch, device, dtype) for name, layer in self.fast_layers().items()}
+        state.experts = self.mlp.init_state(batch, device, dtype) if isinstance(self.mlp, SynapticMoE) else None
         return state
 
     def fits(self, state: LayerState) -> bool:
         """Whether a state has the parts and modes of this layer."""
         modes = {key: layer.density.modes for key, layer in self.fast_layers().items()}
         parts = {f"fast.{key}.{part}" for key in modes for part in FastState._fields}
-        if set(state.tensors()) != self.attn.state_fields | parts:
+        experts = self.mlp.slots if isinstance(self.mlp, SynapticMoE) and self.mlp.remembers else 0
+        if experts:
+            parts |= {f"experts.{part}" for part in ExpertState._fields}
+        if set(state.tensors()) != self.attn.state_fields | parts or (experts and state.experts.slow.shape[1] != experts):
             return False
         return all(state.fast[key].weights.shape[1] == count for key, count in modes.items())

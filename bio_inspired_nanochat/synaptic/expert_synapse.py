@@ -18,31 +18,14 @@ from torch import Tensor, nn
 from bio_inspired_nanochat.common import generator_for
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import PresynParams, PresynState, presyn
-from bio_inspired_nanochat.kernels.masks import QStart, local_ticks, num_ticks, query_positions
+from bio_inspired_nanochat.kernels.masks import local_ticks, num_ticks, query_positions
 from bio_inspired_nanochat.kernels.scan import linear_scan
 from bio_inspired_nanochat.kernels.terminal import terminal_bias
 from bio_inspired_nanochat.synaptic.genome import Xi
+from bio_inspired_nanochat.synaptic.state import ExpertState, Place
 
 UNIT = math.log(math.e - 1)  # softplus(UNIT) = 1
 POSITIVE = ("tau_c", "tau_rrp", "alpha_ca", "syt_fast_kd", "syt_slow_kd", "syt_gain", "release_rate")
-
-
-class ExpertState(NamedTuple):
-    """Experts of running sequences at the start of the open tick, [B, E] float32 each.
-
-    calcium, vesicles, open_drive: as in `kernels.PresynState`; slow: the trace of the NMDA term, in units of the fair share.
-    """
-
-    calcium: Tensor
-    vesicles: Tensor
-    open_drive: Tensor
-    slow: Tensor
-
-    @classmethod
-    def rest(cls, batch: int, experts: int, device: torch.device, dtype: torch.dtype) -> ExpertState:
-        """Experts that nobody has asked for."""
-        empty = torch.zeros(3, batch, experts, device=device, dtype=dtype)
-        return cls(empty[0], torch.ones_like(empty[0]), empty[1], empty[2])
 
 
 class Effects(NamedTuple):
@@ -90,6 +73,13 @@ class ExpertSynapse(nn.Module):
     def remembers(self) -> bool:
         """Whether experts have a state at all."""
         return self.cfg.expert_plasticity or self.cfg.nmda
+
+    @torch.no_grad()
+    def zero_gains(self) -> None:
+        """Leave nothing but the plain router. Changes the module."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("gain_") or name.endswith("_gain") or name == "expert_lateral":
+                parameter.zero_()
 
     @torch.no_grad()
     def init_weights(self, seed: int, name: str) -> None:
@@ -149,18 +139,15 @@ class ExpertSynapse(nn.Module):
         kernel = (near @ near.T).clamp(min=0) * (lead[:, None] != lead)
         return self.expert_lateral * (share @ kernel.to(share.dtype))
 
-    def course(
-        self, share: Tensor, first: QStart, fresh: Tensor | None, live: Tensor | None, before: ExpertState | None
-    ) -> tuple[Effects, ExpertState]:
+    def course(self, share: Tensor, place: Place, before: ExpertState | None) -> tuple[Effects, ExpertState]:
         """Run the experts over the tokens' demand.
 
-        share: [B, T, E] in units of the fair share; first: position of the first token, common or [B]; fresh [B, T]: True where a
-        document begins behind another one; live [B, T]: False for padding at the right end; before: the state at the first token.
+        share: [B, T, E] in units of the fair share; before: the state at the first token, None for fresh sequences.
         Returns the effects on every token, from the state at the start of its tick, and the state after the last one.
         """
         if before is None:
             before = ExpertState.rest(share.shape[0], self.slots, share.device, share.dtype)
-        ticks = _Ticks.of(share, self.cfg.tick, first, fresh, live)
+        ticks = _Ticks.of(share, self.cfg.tick, place)
         drive = ticks.drive(share)
         bias = slow = released = None
         after = dict(before._asdict())
@@ -174,7 +161,9 @@ class ExpertSynapse(nn.Module):
             if record is not None:
                 unit = torch.ones_like(params.gain_release)
                 plain = params._replace(gain_release=unit, gain_depletion=unit).broadcast(2)
-                released = self.vesicle_gain * ticks.per_token(terminal_bias(PresynState(record["calcium"], record["vesicles"], drive), plain))
+                released = self.vesicle_gain * ticks.per_token(
+                    terminal_bias(PresynState(record["calcium"], record["vesicles"], drive), plain)
+                )
         if self.cfg.nmda:
             decay = math.exp(-self.cfg.tick / self.cfg.tau_nmda)
             full = torch.cat([drive[:, :, :1] + ticks.carried(before.open_drive)[:, :, None], drive[:, :, 1:]], dim=2)
@@ -212,7 +201,8 @@ class _Ticks(NamedTuple):
     closed: int | Tensor
 
     @classmethod
-    def of(cls, share: Tensor, tick: int, first: QStart, fresh: Tensor | None, live: Tensor | None) -> _Ticks:
+    def of(cls, share: Tensor, tick: int, place: Place) -> _Ticks:
+        first, fresh, live = place
         batch, tokens, _ = share.shape
         index = local_ticks(first, query_positions(first, tokens, share.device), tick).expand(batch, -1)
         count = num_ticks(first, tokens, tick)

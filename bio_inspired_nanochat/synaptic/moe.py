@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels.grouped import combine, dispatch, group_by_expert, grouped_linear, top_k
-from bio_inspired_nanochat.kernels.masks import QStart
 from bio_inspired_nanochat.synaptic.accounts import Accounts
-from bio_inspired_nanochat.synaptic.expert_synapse import ExpertState, ExpertSynapse
-from bio_inspired_nanochat.synaptic.layers import MLP
+from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse
+from bio_inspired_nanochat.synaptic.mlp import SynapticMLP
+from bio_inspired_nanochat.synaptic.state import Arrival, ExpertState, Extras, LayerState, Place
 
 CLOSED = float("-inf")  # the score of a slot that cannot be chosen
 
@@ -105,7 +105,7 @@ class Experts(nn.Module):
         return combine(grouped_linear(F.relu(hidden).square(), self.w_out.to(x.dtype), groups), groups, gates)
 
 
-class SynapticMoE(MLP):
+class SynapticMoE(SynapticMLP):
     """The MLP as the shared expert, under its own names, and routed experts beside it."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -123,17 +123,34 @@ class SynapticMoE(MLP):
         """Whether experts have a state that follows a sequence."""
         return self.synapse is not None and self.synapse.remembers
 
+    def forward(self, x: Tensor, extras: Extras | None = None) -> Tensor:
+        """Whole sequences, x [B, T, D] to [B, T, D]; `extras.routing` gets a `Routing`."""
+        extras = extras or Extras()
+        y, route, _ = self.mix(x, Place.whole(extras.doc), probe=extras.probe)
+        if extras.routing is not None:
+            extras.routing.append(self.statistics(x, route))
+        return super().forward(x, extras) + y
+
+    def step(self, x: Tensor, state: LayerState, chunk: Arrival) -> Tensor:
+        """The next chunk of running sequences, x [B, t, D]; fast weights and experts in `state` advance in place."""
+        y, _, after = self.mix(x, chunk.place(x.device), state.experts)
+        if after is not None:
+            state.experts.copy_(after)
+        return super().step(x, state, chunk) + y
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> ExpertState | None:
+        """The experts of `batch` fresh sequences, where they have a state; dtype is that of the activations."""
+        return ExpertState.rest(batch, self.slots, device, torch.promote_types(dtype, torch.float32)) if self.remembers else None
+
     def mix(
         self,
         x: Tensor,
-        first: QStart = 0,
-        fresh: Tensor | None = None,
-        live: Tensor | None = None,
+        place: Place,
         before: ExpertState | None = None,
         probe: Probe | None = None,
     ) -> tuple[Tensor, Route, ExpertState | None]:
-        """What the routed experts add for x [B, T, D], the route, and the state after the last token. Args as of `ExpertSynapse.course`."""
-        route, after = self.route(x, first, fresh, live, before)
+        """What the routed experts add for x [B, T, D], the route, and the state after the last token. before: see `ExpertSynapse.course`."""
+        route, after = self.route(x, place, before)
         gates = route.gates
         if probe is not None and probe.tap is not None:
             gates = _Tap.apply(gates, route.expert, probe.tap)
@@ -143,9 +160,7 @@ class SynapticMoE(MLP):
             gates = gates * route.scale
         return self.experts(x.flatten(0, 1), route.expert, gates).view_as(x), route, after
 
-    def route(
-        self, x: Tensor, first: QStart, fresh: Tensor | None, live: Tensor | None, before: ExpertState | None
-    ) -> tuple[Route, ExpertState | None]:
+    def route(self, x: Tensor, place: Place, before: ExpertState | None = None) -> tuple[Route, ExpertState | None]:
         """Choose k experts for every token of x [B, T, D]."""
         kept = self.accounts
         leads = kept.leads()
@@ -155,7 +170,7 @@ class SynapticMoE(MLP):
         if self.synapse is not None:
             affinity = self.synapse.affinity(x)
             logit = logit if affinity is None else logit + affinity
-            logit, released, after = self._modulate(logit, leads, first, fresh, live, before)
+            logit, released, after = self._modulate(logit, leads, place, before)
         logit = logit.flatten(0, 1)
         slot, winner = self._twins(logit)
         bank = self.kappa * (kept.energy - 0.5)
@@ -169,7 +184,7 @@ class SynapticMoE(MLP):
         return Route(expert, gates, scale, score.detach(), bare.detach(), separate.detach(), winner), after
 
     def _modulate(
-        self, logit: Tensor, leads: Tensor, first: QStart, fresh: Tensor | None, live: Tensor | None, before: ExpertState | None
+        self, logit: Tensor, leads: Tensor, place: Place, before: ExpertState | None
     ) -> tuple[Tensor, Tensor | None, ExpertState | None]:
         """Add lateral inhibition and the course of the sequence to logits [B, T, E]. A slot's demand drives both twins alike."""
         share = self.fair * torch.softmax(logit.masked_fill(~leads, CLOSED), dim=-1)
@@ -178,7 +193,7 @@ class SynapticMoE(MLP):
         logit = logit if lost is None else logit - lost
         if not self.remembers:
             return logit, None, None
-        effects, after = self.synapse.course(share[..., self.accounts.lead], first, fresh, live, before)
+        effects, after = self.synapse.course(share[..., self.accounts.lead], place, before)
         if effects.bias is not None:
             logit = logit + effects.bias
         if effects.slow is not None:

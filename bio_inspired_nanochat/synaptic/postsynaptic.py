@@ -244,7 +244,7 @@ class SynapticLinear(Linear):
             return base
         extras = extras or Extras()
         record = None if extras.record is None else extras.record.setdefault("fast", {}).setdefault(self.key, {})
-        return base + self.density.read(x, base, Place(0, _beginnings(extras.doc)), record=record)[0]
+        return base + self.density.read(x, base, Place.whole(extras.doc), record=record)[0]
 
     def step(self, x: Tensor, state: LayerState, chunk: Arrival) -> Tensor:
         """The next chunk of running sequences, x [B, t, n_in]; the fast weights in `state` advance in place."""
@@ -259,8 +259,3 @@ class SynapticLinear(Linear):
         """The fast weights of `batch` fresh sequences; dtype is that of the activations."""
         assert self.density is not None
         return self.density.init_state(batch, device, torch.promote_types(dtype, torch.float32))
-
-
-def _beginnings(doc: Tensor | None) -> Tensor | None:
-    """True [B, T] where a document begins behind another one."""
-    return None if doc is None else F.pad(doc[:, 1:] != doc[:, :-1], (1, 0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +20,7 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import ReleaseNoise
 from bio_inspired_nanochat.synaptic.engram import Engram
 
-FAST = "fast."  # begins the names of the tensors of fast weights
+FAST, EXPERTS = "fast.", "experts."  # begin the names of the tensors of fast weights and of experts
 
 
 class FastState(NamedTuple):
@@ -45,6 +46,29 @@ class FastState(NamedTuple):
             mine.copy_(theirs)
 
 
+class ExpertState(NamedTuple):
+    """Experts of running sequences at the start of the open tick, [B, E] float32 each.
+
+    calcium, vesicles, open_drive: as in `kernels.PresynState`; slow: the trace of the NMDA term, in units of the fair share.
+    """
+
+    calcium: Tensor
+    vesicles: Tensor
+    open_drive: Tensor
+    slow: Tensor
+
+    @classmethod
+    def rest(cls, batch: int, experts: int, device: torch.device, dtype: torch.dtype) -> ExpertState:
+        """Experts that nobody has asked for."""
+        empty = torch.zeros(3, batch, experts, device=device, dtype=dtype)
+        return cls(empty[0], torch.ones_like(empty[0]), empty[1], empty[2])
+
+    def copy_(self, other: ExpertState) -> None:
+        """Take over the values of another, in place."""
+        for mine, theirs in zip(self, other, strict=True):
+            mine.copy_(theirs)
+
+
 class Place(NamedTuple):
     """Where tokens stand. first: position of the first one, common or [B]; fresh [B, T]: True where a document begins behind another
     one; live [B, T]: False for padding at the right end; None for never and always.
@@ -54,6 +78,11 @@ class Place(NamedTuple):
     fresh: Tensor | None = None
     live: Tensor | None = None
 
+    @classmethod
+    def whole(cls, doc: Tensor | None) -> Place:
+        """Whole sequences from position 0 with document ids doc [B, T], or None."""
+        return cls(0, None if doc is None else F.pad(doc[:, 1:] != doc[:, :-1], (1, 0)))
+
 
 @dataclass
 class LayerState:
@@ -61,7 +90,7 @@ class LayerState:
 
     calcium to energy: [B, H, L] (ring: [B, H, L, d]) terminals at the start of the open tick, as in `kernels.PresynState`;
     beta: [B, H, L] bias of the open tick (before the barrier); barrier: [B, H, L] float64 running sum of the gate's costs;
-    fast: by projection (one of `config.synaptic.FAST_LAYERS`), where there are fast weights.
+    fast: by projection (one of `config.synaptic.FAST_LAYERS`), where there are fast weights; experts: where they follow a sequence.
     """
 
     k: Tensor
@@ -82,10 +111,13 @@ class LayerState:
     beta: Tensor | None = None
     barrier: Tensor | None = None
     fast: dict[str, FastState] = field(default_factory=dict)
+    experts: ExpertState | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that exist, by name; those of fast weights as `fast.<projection>.<part>`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fast" and getattr(self, f.name) is not None}
+        """The tensors that exist, by name; those of fast weights as `fast.<projection>.<part>`, of experts as `experts.<part>`."""
+        own = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        if self.experts is not None:
+            own |= {f"{EXPERTS}{part}": value for part, value in self.experts._asdict().items()}
         return own | {f"{FAST}{key}.{part}": value for key, fast in self.fast.items() for part, value in fast._asdict().items()}
 
     @classmethod
@@ -93,19 +125,24 @@ class LayerState:
         """The state with these tensors, named as by `tensors`."""
         keys = dict.fromkeys(name.split(".")[1] for name in tensors if name.startswith(FAST))
         fast = {key: FastState(*(tensors[f"{FAST}{key}.{part}"] for part in FastState._fields)) for key in keys}
-        return cls(**{name: value for name, value in tensors.items() if not name.startswith(FAST)}, fast=fast)
+        parts = [tensors[f"{EXPERTS}{part}"] for part in ExpertState._fields if f"{EXPERTS}{part}" in tensors]
+        own = {name: value for name, value in tensors.items() if not name.startswith((FAST, EXPERTS))}
+        return cls(**own, fast=fast, experts=ExpertState(*parts) if parts else None)
 
 
 class Extras(NamedTuple):
     """What a pass over whole sequences hands to a layer beside its input.
 
     doc: [B, T] document id per position, or None; noise: this layer's draws of stochastic release, or None;
-    record: a dictionary for the layer to fill with the course of its terminals, or None.
+    record: a dictionary for the layer to fill with the course of its terminals, or None; routing: a list that gets what the layer's
+    experts did, a `synaptic.moe.Routing`, or None; probe: instruments of the experts, a `synaptic.moe.Probe`, or None.
     """
 
     doc: Tensor | None = None
     noise: ReleaseNoise | None = None
     record: dict[str, Tensor] | None = None
+    routing: list[Any] | None = None
+    probe: Any = None
 
 
 class Arrival(Protocol):
@@ -116,7 +153,7 @@ class Arrival(Protocol):
         ...
 
     def place(self, device: torch.device) -> Place:
-        """Where the new tokens stand, for layers with fast weights."""
+        """Where the new tokens stand, for layers with fast weights or experts."""
         ...
 
 
@@ -313,4 +350,4 @@ def same_layout(a: SynapseState, b: SynapseState) -> bool:
     return _shapes(a) == _shapes(b)
 
 
-__all__ = ["Arrival", "Chunk", "Extras", "FastState", "LayerState", "Place", "SynapseState", "same_layout"]
+__all__ = ["Arrival", "Chunk", "ExpertState", "Extras", "FastState", "LayerState", "Place", "SynapseState", "same_layout"]

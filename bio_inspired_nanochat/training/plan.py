@@ -12,6 +12,7 @@ import torch
 from bio_inspired_nanochat.common import compute_dtype, say
 from bio_inspired_nanochat.config import GPTConfig, to_dict
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.synaptic import active_size
 from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults, model_config
 from bio_inspired_nanochat.training.hardware import GIB, bytes_per_row, fitting_rows, free_memory, static_bytes
 
@@ -94,7 +95,8 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
 def _dense_params(model: GPT) -> int:
     """Matrices and head: what vanilla and synaptic models of one depth share, so that both get equally many tokens."""
     roles = model.param_roles()
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if roles[name] in ("matrix", "head"))
+    named = model.named_parameters()
+    return sum(active_size(model.config, name, parameter) for name, parameter in named if roles[name] in ("matrix", "head"))
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

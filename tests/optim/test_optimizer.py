@@ -26,6 +26,7 @@ ROLE_OF = {
     "head": "head",
     "gain": "scalar",
     "gate": "gate",
+    "route": "router",
     "tau": "kinetics",
 }
 SHAPE_OF = {
@@ -38,6 +39,7 @@ SHAPE_OF = {
     "head": (11, 8),
     "gain": (),
     "gate": (2, 8),
+    "route": (2, 8),
     "tau": (4,),
 }
 
@@ -55,7 +57,10 @@ class Toy(nn.Module):
         x = self.embed[ids] + torch.sigmoid(self.embed[ids] @ self.gate.T)[..., :1] * self.values[ids]
         x = x + self.gain * (x @ self.mix.T) @ self.out.T
         hidden = (x @ self.tall.T).relu().square()
-        x = x + torch.einsum("btf,edf->btd", hidden, self.experts) * torch.exp(-self.tau).mean()
+        x = (
+            x
+            + torch.einsum("btf,edf,bte->btd", hidden, self.experts, torch.softmax(x @ self.route.T, dim=-1)) * torch.exp(-self.tau).mean()
+        )
         return nn.functional.cross_entropy((x @ self.head.T).flatten(0, 1), targets.flatten())
 
 
@@ -349,6 +354,6 @@ def test_learning_rates_follow_width_and_batch() -> None:
         "head": 2.0,
     }
     large = rates(768, 1 << 20)
-    assert {role for role in ROLES if large[role] == base[role]} == {"gate", "kinetics"}
+    assert {role for role in ROLES if large[role] == base[role]} == {"gate", "router", "kinetics"}
     assert large["matrix"] == pytest.approx(2**0.5 * base["matrix"])
     assert rates(768, 1 << 24)["matrix"] == 2 * base["matrix"]
