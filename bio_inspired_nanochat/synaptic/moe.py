@@ -50,11 +50,12 @@ class Routing(NamedTuple):
 class Probe(NamedTuple):
     """Instruments of one pass. tap: [E, 2] zeros that require a gradient: the backward of a mean loss leaves in its gradient the sums of
     a and a^2 over tokens, a = g dL/dg for the gate g of an expert; muted: [E] bool, experts whose gate is set to zero, without
-    routing anew.
+    routing anew; forced: (tokens [S] bool, expert, list): these tokens visit that expert alone; the list gets the own choice [S, k].
     """
 
     tap: Tensor | None = None
     muted: Tensor | None = None
+    forced: tuple[Tensor, int, list[Tensor]] | None = None
 
 
 class Route(NamedTuple):
@@ -158,7 +159,14 @@ class SynapticMoE(SynapticMLP):
             gates = gates.masked_fill(probe.muted[route.expert], 0.0)
         if route.scale is not None:
             gates = gates * route.scale
-        return self.experts(x.flatten(0, 1), route.expert, gates).view_as(x), route, after
+        expert = route.expert
+        if probe is not None and probe.forced is not None:
+            tokens, slot, seen = probe.forced
+            seen.append(expert)
+            alone = torch.zeros_like(gates)
+            alone[:, 0] = 1
+            expert, gates = torch.where(tokens[:, None], slot, expert), torch.where(tokens[:, None], alone, gates)
+        return self.experts(x.flatten(0, 1), expert, gates).view_as(x), route, after
 
     def route(self, x: Tensor, place: Place, before: ExpertState | None = None) -> tuple[Route, ExpertState | None]:
         """Choose k experts for every token of x [B, T, D]."""

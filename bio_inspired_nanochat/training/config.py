@@ -40,6 +40,17 @@ class TrainConfig:
         choices=knobs_of(GPTConfig)["init"].choices,
         off="standard",
     )
+    num_experts: int | None = knob(
+        None, "experts of every MLP at birth, beside the shared one; auto is 8 with --splitmerge_every, else none", lo=0, hi=4096, off=0
+    )
+    moe_top_k: int = knob(2, "experts that a token visits beside the shared one", lo=1, hi=64)
+    expert_slots: int | None = knob(
+        None, "places for experts, living and dead; auto is half as many again as num_experts with --splitmerge_every", lo=0, hi=8192
+    )
+    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has 4)", lo=1, hi=64)
+    splitmerge_every: int = knob(
+        0, "steps between life cycles of experts: death, merge, split, birth; 0 has none", lo=0, off=0, unit="steps"
+    )
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 
@@ -99,6 +110,8 @@ class TrainConfig:
         validate(self)
         if not self.synapses and self.syn_cfg != SynapticConfig():
             raise UserError("--syn_cfg.* and --syn_preset do nothing without synapses: add --synapses=1")
+        if self.splitmerge_every and self.num_experts == 0:
+            raise UserError("--splitmerge_every has nobody to act on with --num_experts=0: leave --num_experts out (8) or give at least 3")
         if self.data_dir is not None and self.dataset is not None:
             raise UserError("--data_dir and --dataset are two sources of text: give one of them")
         if self.run_name is not None and (not self.run_name.strip(".") or "/" in self.run_name or "\\" in self.run_name):
@@ -123,8 +136,12 @@ def fill_defaults(config: TrainConfig, device: torch.device) -> TrainConfig:
         "vocab_size": (32768 if own_data else 8192) if gpu else 4096,
         "tokens_per_param": 12.0 if gpu else 0.5,
         "eval_tokens": 1 << 21 if gpu else 1 << 16,
+        "num_experts": 8 if config.splitmerge_every else 0,
     }
     changes = {name: value for name, value in values.items() if getattr(config, name) is None}
+    experts = config.num_experts if config.num_experts is not None else values["num_experts"]
+    if config.expert_slots is None:
+        changes["expert_slots"] = experts + experts // 2 if config.splitmerge_every else 0
     changes["compile"] = config.compile if config.compile != "auto" else str(int(gpu))
     return dataclasses.replace(config, **changes)
 
@@ -145,6 +162,10 @@ def model_config(config: TrainConfig, vocab_size: int, bos_token_id: int) -> GPT
         doc_mask=config.doc_mask,
         backend=config.backend,
         init=config.init,
+        num_experts=config.num_experts or 0,
+        moe_top_k=config.moe_top_k,
+        expert_slots=config.expert_slots or 0,
+        expert_ratio=config.expert_ratio,
         synapses=config.synapses,
         syn_cfg=config.syn_cfg,
     )

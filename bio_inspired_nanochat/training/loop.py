@@ -24,10 +24,13 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.bpb import bits_per_byte, evaluating
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import Optimizer
+from bio_inspired_nanochat.structural import LineageLog
+from bio_inspired_nanochat.synaptic import Probe, Routing
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
 from bio_inspired_nanochat.training.clock import Clock, wait_for_device
+from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.loopstate import Progress
 from bio_inspired_nanochat.training.plan import Plan
@@ -58,15 +61,18 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.seed = model, seed
 
-    def forward(self, idx: Tensor, targets: Tensor, step: int = 0, first_row: int = 0) -> tuple[Tensor, Tensor]:
-        """idx and targets [B,T] to the mean loss plus auxiliary losses, and the mean loss alone, in nats.
+    def forward(
+        self, idx: Tensor, targets: Tensor, step: int = 0, first_row: int = 0, probes: list[Probe] | None = None
+    ) -> tuple[Tensor, Tensor, list[Routing] | None]:
+        """idx and targets [B,T] to the mean loss plus auxiliary losses, the mean loss alone, in nats, and what experts did.
 
         step and first_row (index of the first row in the whole step's batch) say which stochastic release is drawn, so the
         draws do not depend on how a batch is cut into micro-batches and ranks.
         """
         rows = torch.arange(first_row, first_row + idx.shape[0], device=idx.device)
-        out = self.model.run(idx, targets, noise_seed=self.seed, noise_step=step, sequence_ids=rows)
-        return out.loss if out.aux is None else out.loss + out.aux, out.loss.detach()
+        where = {"noise_seed": self.seed, "noise_step": step, "sequence_ids": rows}
+        out = self.model.run(idx, targets, **where, routing=probes is not None, probes=probes)
+        return out.loss if out.aux is None else out.loss + out.aux, out.loss.detach(), out.routing
 
 
 @dataclass
@@ -105,6 +111,7 @@ class Trainer:
         self._began = time.perf_counter()
         self._peak = peak_flops(job.device, self.plan.dtype)
         self._forward = self._wrapped()
+        self.keeper = self._experts()
 
     def _wrapped(self) -> nn.Module:
         objective: nn.Module = Objective(self.job.model, self.config.seed)
@@ -114,6 +121,14 @@ class Trainer:
             devices = [self.job.device] if self.job.device.type == "cuda" else None
             objective = DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
         return objective
+
+    def _experts(self) -> ExpertKeeper | None:
+        if not self.job.model.experts():
+            return None
+        log = LineageLog(self.job.log_dir) if self.job.log_dir is not None and self.job.rank.first else None
+        if log is not None and self.start_step:
+            log.resume(self.start_step)
+        return ExpertKeeper(self.job.model, self.job.optimizer, self.config.splitmerge_every, self.config.seed, log)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the first reason to stop. Returns the script's last line; see `result`."""
@@ -189,13 +204,18 @@ class Trainer:
         norm = self.job.optimizer.clip_grad_norm()
         self.job.optimizer.step()
         self.job.optimizer.zero_grad()
+        if self.keeper is not None:
+            self.keeper.after_step(self.progress.step + 1, idx, targets)
         self._unread.append(torch.stack([total.float(), norm.float()]))
 
     def _backward(self, idx: Tensor, targets: Tensor, micro: int) -> Tensor:
         """Forward and backward of one micro-batch; its share of the loss. Both may be what the compiler fails at."""
         first_row = (micro * self.job.rank.world + self.job.rank.index) * idx.shape[0]
         try:
-            objective, loss = self._forward(idx, targets, self.progress.step, first_row)
+            probes = None if self.keeper is None else self.keeper.probes()
+            objective, loss, routing = self._forward(idx, targets, self.progress.step, first_row, probes)
+            if self.keeper is not None:
+                self.keeper.add(routing)
             (objective / self.plan.accumulation).backward()
             return loss / self.plan.accumulation
         except FloatingPointError as error:
@@ -350,8 +370,8 @@ class Trainer:
             "device": str(self.job.device),
             "run_name": self.config.run_name,
             "log_dir": None if self.job.log_dir is None else str(self.job.log_dir),
-            "lineage_events": 0,
-        }
+            "lineage_events": 0 if self.keeper is None else self.keeper.events,
+        } | ({} if self.keeper is None else {"experts": self.keeper.living()})
 
     def _last_saved(self) -> str | None:
         return None if self.checkpoint is None else str(self.checkpoint)

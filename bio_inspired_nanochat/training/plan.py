@@ -60,7 +60,12 @@ class Plan:
             f" on {model.n_kv_head} key heads" if model.n_kv_head != model.n_head else ""
         )
         total = self.steps * self.tokens_per_step
-        size = f"{model.n_layer} layers x {model.n_embd}, {heads}, context {model.sequence_len}, vocabulary {model.vocab_size}"
+        experts = (
+            f", {model.num_experts} experts in {model.slots} slots beside the shared one, top {model.moe_top_k}"
+            if model.num_experts
+            else ""
+        )
+        size = f"{model.n_layer} layers x {model.n_embd}, {heads}, context {model.sequence_len}, vocabulary {model.vocab_size}{experts}"
         batch = f"{self.rows} rows x {model.sequence_len} tokens x {self.world} processes x {self.accumulation} accumulated"
         return [
             f"model: {kind}, {size}, {self.params:,} parameters, {self.flops_per_token:.3g} FLOPs per token",

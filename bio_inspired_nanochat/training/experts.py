@@ -1,0 +1,70 @@
+"""Experts during training: accounts after every step, the life cycle every few steps, the lineage log on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.structural import Ledger, LineageLog, Moments, decide, metabolise, operate
+from bio_inspired_nanochat.structural.splitmerge import Event, record
+from bio_inspired_nanochat.synaptic import Probe, Routing
+from bio_inspired_nanochat.training.ranks import gather
+
+
+class ExpertKeeper:
+    """Applies what the forwards of one optimizer step say of the experts, between steps and alike on every rank.
+
+    every: steps between life cycles, 0 for none; log: of rank 0, or None. events counts those of this process.
+    """
+
+    def __init__(self, model: GPT, optimizer: Moments, every: int, seed: int, log: LineageLog | None = None) -> None:
+        self.model, self.optimizer, self.every, self.seed, self.log = model, optimizer, every, seed, log
+        self.ledger = Ledger(model)
+        self.events = 0
+
+    def probes(self) -> list[Probe]:
+        """Instruments for the next forward, one per layer."""
+        return self.ledger.probes()
+
+    def add(self, routing: Sequence[Routing]) -> None:
+        """Take the statistics of one forward."""
+        self.ledger.add(routing)
+
+    def after_step(self, step: int, idx: Tensor, targets: Tensor) -> list[Event]:
+        """After optimizer step number `step`. idx, targets: a batch of this rank, on which losses around an event are measured. Collective."""
+        routing, taps = self.ledger.settle()
+        metabolise(self.model, routing, taps)
+        if self.every == 0 or step % self.every:
+            return []
+        cfg, lines, done = self.model.config.syn_cfg, [], []
+        decided = [decide(layer, cfg) for layer in self.model.experts()]
+        said = repr(decided)
+        assert all(other == said for other in gather(said)), "ranks decide differently about experts: their weights have come apart"
+        loss = self._loss(idx, targets) if any(decided) else None
+        for index, (layer, events) in enumerate(zip(self.model.experts(), decided, strict=True)):
+            for event in events:
+                prefix = f"blocks.{index}.mlp"
+                operate(layer, event, cfg, prefix=prefix, seed=self.seed, step=step, optimizer=self.optimizer)
+                before, loss = loss, self._loss(idx, targets)
+                lines.append(record(event, step, index, before, loss))
+                done.append(event)
+        self.events += len(done)
+        if self.log is not None and lines:
+            self.log.write(lines)
+        return done
+
+    @torch.no_grad()
+    def _loss(self, idx: Tensor, targets: Tensor) -> float:
+        """Mean loss of a batch over ranks; the events are rare enough to wait for it."""
+        total = torch.stack([self.model.token_losses(idx, targets).sum().double(), (targets >= 0).sum().double()])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def living(self) -> list[int]:
+        """Number of living experts per layer."""
+        return [int(layer.accounts.alive.sum()) for layer in self.model.experts()]

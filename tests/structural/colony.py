@@ -1,0 +1,46 @@
+"""Small models with experts, and a world in which they live: the phrases language, the project's optimizer, the keeper of experts."""
+
+import dataclasses
+
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.optim import OptimConfig, Optimizer, build_optimizer
+from bio_inspired_nanochat.tasks.phrases import VOCAB, batch
+from bio_inspired_nanochat.training.experts import ExpertKeeper
+
+SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+
+
+def colony(experts=4, slots=6, synapses=True, k=2, seed=0, n_layer=1, **fields) -> GPT:
+    """A model whose attention is plain and whose experts are quick to live: youth of 20 steps."""
+    cfg = dataclasses.replace(SynapticConfig.preset("off"), **{"expert_youth": 20, **fields})
+    shape = {**SIZES, "n_layer": n_layer, "num_experts": experts, "expert_slots": slots, "moe_top_k": k, "expert_ratio": 1}
+    return GPT(GPTConfig(**shape, synapses=synapses, syn_cfg=cfg if synapses else SynapticConfig()), seed=seed)
+
+
+class World:
+    """Trains a colony; `live` returns losses."""
+
+    def __init__(self, model: GPT, every: int = 0, log=None, seed: int = 0) -> None:
+        self.model, self.step = model, 0
+        self.optimizer: Optimizer = build_optimizer(
+            model.named_parameters(), model.param_roles(), OptimConfig(), n_embd=model.config.n_embd, batch_tokens=512
+        )
+        self.keeper = ExpertKeeper(model, self.optimizer, every, seed, log)
+
+    def live(self, steps: int, each=None) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            idx, targets = batch(self.step)
+            self.optimizer.schedule(min(self.step, 399), 400)
+            out = self.model.run(idx, targets, routing=True, probes=self.keeper.probes())
+            self.keeper.add(out.routing)
+            out.loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.keeper.after_step(self.step, idx, targets)
+            losses.append(out.loss.item())
+            if each is not None:
+                each()
+        return losses
