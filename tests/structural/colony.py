@@ -1,12 +1,28 @@
-"""Small models with experts, and a world in which they live: the phrases language, the project's optimizer, the keeper of experts."""
+"""Small models with experts, and a world in which they live: a language of successors, the project's optimizer, the keeper of experts."""
 
 import dataclasses
+
+import torch
 
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig, Optimizer, build_optimizer
-from bio_inspired_nanochat.tasks.phrases import VOCAB, batch
 from bio_inspired_nanochat.training.experts import ExpertKeeper
+
+VOCAB = 50
+ERRORS = 0.1  # share of tokens that are drawn at random
+
+
+def batch(step: int, rows: int = 8, length: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [rows, length]: every token has one successor, a permutation that an MLP learns in a few dozen steps."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    successor = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(VOCAB, (rows, length + 1), generator=generator)
+    noise = torch.rand(tokens.shape, generator=generator) < ERRORS
+    for t in range(length):
+        tokens[:, t + 1] = torch.where(noise[:, t + 1], tokens[:, t + 1], successor[tokens[:, t]])
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
 
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
 
