@@ -26,6 +26,7 @@ from bio_inspired_nanochat.structural.neuroscore import contributions
 from bio_inspired_nanochat.synaptic import Accounts, Probe, Routing, SynapticMoE
 
 AVERAGE = 0.05  # weight of the newest step in the averages of an account
+ESTRANGE = 0.1  # how fast router rows of twins part, relative to their length, per unit of router_contrastive_push
 TIE_RATE = 0.05  # step of the bias between twins, times their relative difference in load
 
 
@@ -109,6 +110,7 @@ def update(layer: SynapticMoE, routing: Routing, cfg: SynapticConfig) -> None:
     _balance(kept, load, cfg)
     if layer.synapse is not None and hasattr(layer.synapse, "identity"):
         _contrast(layer, cfg)
+    _estrange(layer, cfg)
 
 
 def _balance(kept: Accounts, load: Tensor, cfg: SynapticConfig) -> None:
@@ -118,8 +120,8 @@ def _balance(kept: Accounts, load: Tensor, cfg: SynapticConfig) -> None:
     gap = (1 + paired.float()) - (load + younger)
     kept.balance.add_(cfg.balance_rate * gap.sign() * leads)
     kept.balance.sub_((kept.balance * leads).sum() / leads.sum()).mul_(leads)
-    kept.tie.add_(TIE_RATE * (load - younger) / (load + younger).clamp(min=1e-6)).mul_(paired)
     kept.blend.add_(1 / cfg.expert_youth).clamp_(max=1).mul_(paired)
+    kept.tie.add_(TIE_RATE * (load - younger) / (load + younger).clamp(min=1e-6)).mul_(paired & (kept.blend < 1))
 
 
 def _average(kept: Tensor, new: Tensor) -> None:
@@ -138,3 +140,14 @@ def _contrast(layer: SynapticMoE, cfg: SynapticConfig) -> None:
     weight = weight * pair
     along = weight @ unit - (weight * cosine).sum(1, keepdim=True) * unit
     identity.add_(along * torch.linalg.vector_norm(identity, dim=-1, keepdim=True))
+
+
+def _estrange(layer: SynapticMoE, cfg: SynapticConfig) -> None:
+    """Move the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less."""
+    kept, rows = layer.accounts, layer.router
+    places = torch.arange(kept.slots, device=rows.device)
+    other = torch.where(kept.child != places, kept.child, kept.lead)
+    paired = (other != places)[:, None]
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    away = (kept.inputs - kept.inputs[other]) / layer.router.shape[1] ** 0.5
+    rows.add_(torch.where(paired, ESTRANGE * cfg.router_contrastive_push * length * away, 0.0))
