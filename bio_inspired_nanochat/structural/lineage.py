@@ -2,7 +2,7 @@
 
 {"step": 1000, "layer": 3, "event": "split", "id": 9, "parents": [2], "slot": 8, "health": 0.91, "loss_before": 3.1, "loss_after": 3.1, ...}
 
-Events: split, merge, birth, death, separate (twins become two slots) and resume, which says that a run went on from a step: what was logged
+Events: founding (with the number of `experts` that a layer begins with, numbered from 0), split, merge, birth, death, separate (twins become two slots) and resume, which says that a run went on from a step: what was logged
 after that step by the run that ended is not part of the tree.
 """
 
@@ -31,6 +31,10 @@ class LineageLog:
         with self.path.open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
+
+    def found(self, experts: Iterable[int]) -> None:
+        """Note with how many experts every layer begins."""
+        self.write({"step": 0, "layer": layer, "event": "founding", "experts": count} for layer, count in enumerate(experts))
 
     def resume(self, step: int) -> None:
         """Note that a run goes on from `step`."""
@@ -64,13 +68,17 @@ def read_lineage(path: str | Path) -> list[dict[str, Any]]:
 class NeuroPhylo:
     """The tree of one layer's experts. Founders are the experts without a recorded parent."""
 
-    def __init__(self, events: Iterable[dict[str, Any]], layer: int, founders: int = 0) -> None:
+    def __init__(self, events: Iterable[dict[str, Any]], layer: int) -> None:
         self.layer = layer
-        self.parents: dict[int, list[int]] = {number: [] for number in range(founders)}
+        self.parents: dict[int, list[int]] = {}
         self.born: dict[int, tuple[int, str]] = {}
         self.ended: dict[int, tuple[int, str]] = {}
         for record in (event for event in events if event.get("layer") == layer):
-            step, event, number = record["step"], record["event"], record["id"]
+            step, event = record["step"], record["event"]
+            if event == "founding":
+                self.parents = {founder: [] for founder in range(record["experts"])} | self.parents
+                continue
+            number = record["id"]
             for parent in record["parents"]:
                 self.parents.setdefault(parent, [])
             if event in ("split", "merge", "birth"):

@@ -128,6 +128,8 @@ class Trainer:
         log = LineageLog(self.job.log_dir) if self.job.log_dir is not None and self.job.rank.first else None
         if log is not None and self.start_step:
             log.resume(self.start_step)
+        elif log is not None:
+            log.found([self.plan.model.num_experts] * self.plan.model.n_layer)
         return ExpertKeeper(self.job.model, self.job.optimizer, self.config.splitmerge_every, self.config.seed, log)
 
     def run(self) -> dict[str, Any]:

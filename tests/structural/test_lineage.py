@@ -25,8 +25,9 @@ STORY = [
 
 
 def test_the_tree_shows_who_came_from_whom(tmp_path):
+    LineageLog(tmp_path).found([2, 2])
     LineageLog(tmp_path).write(STORY)
-    tree = NeuroPhylo(read_lineage(tmp_path), layer=0, founders=2)
+    tree = NeuroPhylo(read_lineage(tmp_path), layer=0)
     assert tree.living() == [2, 4, 5]
     assert tree.children(0) == [2] and tree.children(3) == [4]
     assert tree.render() == [
@@ -66,16 +67,18 @@ def test_half_a_line_at_the_end_is_passed_over_and_damage_before_it_is_an_error(
 
 def test_a_living_colony_writes_a_tree_whose_ids_never_repeat(tmp_path):
     model = colony(**(EASY | {"expert_youth": 3}), n_layer=2)
-    world = World(model, every=4, log=LineageLog(tmp_path))
+    log = LineageLog(tmp_path)
+    log.found([4, 4])
+    world = World(model, every=4, log=log)
     world.live(36)
     events = read_lineage(tmp_path)
-    assert len(events) == world.keeper.events > 4
+    assert len(events) == world.keeper.events + 2 > 6
     for index, layer in enumerate(model.experts()):
         mine = [record for record in events if record["layer"] == index]
         made = [record["id"] for record in mine if record["event"] in ("split", "merge", "birth")]
         assert made == sorted(set(made)) and all(number >= 4 for number in made)
-        tree = NeuroPhylo(events, index, founders=4)
+        tree = NeuroPhylo(events, index)
         assert tree.living() == sorted(layer.accounts.ids[layer.accounts.alive].tolist())
-    assert all(set(record) >= {"step", "layer", "event", "id", "parents", "health", "loss_before", "loss_after"} for record in events)
+    assert all(set(record) >= {"step", "layer", "event", "id", "parents", "health", "loss_before", "loss_after"} for record in events[2:])
     splits = [record for record in events if record["event"] == "split"]
     assert splits and all(abs(record["loss_after"] - record["loss_before"]) < 1e-4 for record in splits)

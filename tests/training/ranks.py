@@ -1,5 +1,6 @@
 """Runs whose batches are numbered, so that one process and several see the same ones. Started by torchrun from test_distributed."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from bio_inspired_nanochat.common import Rank, this_rank
+from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
@@ -21,6 +23,18 @@ from bio_inspired_nanochat.training.run import build_model
 from tests.training.tiny import SMALL, small
 
 GLOBAL_ROWS = 8
+# Experts whose life is short, so that a few steps see every kind of event.
+LIFE = {
+    "expert_youth": 2,
+    "death_health_max": 0.45,
+    "split_health_min": 0.5,
+    "merge_health_max": 0.6,
+    "merge_similarity": -1.0,
+    "bank_rate": 0.2,
+    "bank_decay": 0.3,
+}
+EXPERTS = {"synapses": True, "num_experts": 5, "expert_slots": 7, "expert_ratio": 1}
+LIVING = {**EXPERTS, "splitmerge_every": 2, "syn_cfg": dataclasses.replace(SynapticConfig(), **LIFE), "num_iterations": 10}
 ALONE = Rank(0, 0, 1)
 
 
@@ -130,6 +144,7 @@ def main(out: Path) -> None:
             "vanilla": run(rank, 4),
             "accumulated": run(rank, 2),
             "synaptic": run(rank, 2, synapses=True),
+            "experts": run(rank, 2, **EXPERTS),
         }
         seen["poisoned"] = said_by(lambda: Trainer(job(rank, 4), [Poison(1, 3)]).run())
         seen["interrupted"] = Trainer(job(rank, 4, num_iterations=50), [Interrupt()]).run()["steps"]
@@ -139,6 +154,9 @@ def main(out: Path) -> None:
         train(small(out / "parts", **changes, stop_after=2), [parts := Record()])
         seen["resumed"] = train(small(out / "parts", **changes, resume="auto"), [parts])
         seen["resumed_losses"] = parts.losses
+        seen["life"] = train(small(out / "life", **LIVING))
+        train(small(out / "lives", **LIVING, stop_after=6))
+        seen["resumed_life"] = train(small(out / "lives", **LIVING, resume="auto"))
         seen["bad_path"] = said_by(lambda: train(small(out, resume=str(out / "nowhere"))))
         (out / f"rank{rank.index}.json").write_text(json.dumps(seen))
 

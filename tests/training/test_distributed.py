@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.structural import read_lineage
 from tests.training import ranks
 from tests.training.tiny import flags
 
@@ -42,7 +45,7 @@ def pair(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("kind", "changes", "accumulation"),
-    [("vanilla", {}, 1), ("accumulated", {}, 2), ("synaptic", {"synapses": True}, 2)],
+    [("vanilla", {}, 1), ("accumulated", {}, 2), ("synaptic", {"synapses": True}, 2), ("experts", ranks.EXPERTS, 2)],
 )
 def test_two_processes_lose_what_one_loses(pair, kind, changes, accumulation):
     alone = ranks.run(ranks.ALONE, 8, **changes)
@@ -53,6 +56,17 @@ def test_two_processes_lose_what_one_loses(pair, kind, changes, accumulation):
     assert together["norm"] == pytest.approx(alone["norm"], rel=1e-5)
     assert pair[1][kind]["norm"] == pytest.approx(together["norm"], rel=1e-12), "both ranks hold the same weights"
     assert pair[1][kind]["val_bpb"] == together["val_bpb"], "the evaluation is reduced over ranks"
+
+
+def test_two_processes_lead_experts_through_a_whole_life_and_resume_it(pair):
+    whole, resumed = (GPT.from_checkpoint(pair[0][name]["checkpoint"]).state_dict() for name in ("life", "resumed_life"))
+    assert pair[0]["life"]["final_loss"] == pair[0]["resumed_life"]["final_loss"] == pair[1]["life"]["final_loss"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert pair[0]["life"]["experts"] == pair[1]["life"]["experts"] == pair[0]["resumed_life"]["experts"]
+    events = [read_lineage(pair[0][name]["log_dir"]) for name in ("life", "resumed_life")]
+    assert events[0] == events[1]
+    assert {event["event"] for event in events[0]} >= {"founding", "death", "split", "merge"}
+    assert pair[0]["life"]["lineage_events"] == len(events[0]) - 2
 
 
 def test_a_rank_that_diverges_stops_both(pair):
