@@ -11,7 +11,7 @@ from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
 from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
 from bio_inspired_nanochat.synaptic.postsynaptic import DENSITY_ROLES, Density, SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
-from bio_inspired_nanochat.synaptic.state import Chunk, Extras, FastState, LayerState, SynapseState, same_layout
+from bio_inspired_nanochat.synaptic.state import Chunk, Extras, FastState, LayerState, Place, SynapseState, same_layout
 from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "LayerState",
     "LayerTelemetry",
     "Linear",
+    "Place",
     "Presynaptic",
     "SynapseState",
     "SynapticCausalSelfAttention",

@@ -104,7 +104,7 @@ def bytes_per_row(config: GPTConfig, dtype: torch.dtype) -> int:
     layers = config.n_layer * tokens * 18 * config.n_embd * size
     head = tokens * config.vocab_size * (3 * 4 + size)
     synaptic = 0
-    if config.synapses and config.syn_cfg.active:
+    if config.synapses and config.syn_cfg.in_attention:
         synaptic = config.n_layer * config.n_head * (tokens * tokens // config.syn_cfg.tick + tokens) * 8 * 4
     return layers + head + synaptic
 
