@@ -272,6 +272,25 @@ def test_wrong_names_are_user_errors(wrong, said):
         fast_weights(**inputs(3, "hebb"), **wrong)
 
 
+def test_fla_says_why_it_cannot_serve():
+    with pytest.raises(UserError, match="backend='fla' cannot serve these fast weights: the tensors are on cpu; use backend='auto'"):
+        fast_weights(**inputs(3, "delta"), rule="delta", backend="fla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_fla_equals_the_recurrence_on_the_gpu(rule):
+    pytest.importorskip("fla")
+    given = {name: value.detach().float().cuda().requires_grad_() for name, value in inputs(130, rule, modes=16).items()}
+    got, want = (fast_weights(**given, rule=rule, backend=backend) for backend in ("fla", "reference"))
+    weight = [torch.randn_like(value) for value in want]
+    grads = [
+        torch.autograd.grad(sum((a * b).sum() for a, b in zip(values, weight, strict=True)), list(given.values())) for values in (got, want)
+    ]
+    for a, b in zip([*got, *grads[0]], [*want, *grads[1]], strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()  # its products run in tf32
+
+
 @pytest.mark.parametrize("steps", [1, 64, 65, 300])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_decayed_sums_equal_the_recurrence_with_gradients(steps, segmented):
