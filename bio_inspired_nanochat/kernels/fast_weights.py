@@ -28,10 +28,12 @@ from torch import Tensor
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import fast_fla
 from bio_inspired_nanochat.kernels.decay import decayed_sums
+from bio_inspired_nanochat.kernels.scan import on_triton
 
 RULES = ("hebb", "delta")
 BACKENDS = ("auto", "reference", "chunked", "fla")
 CHUNK = 64
+MOST_MODES = 128  # whose factors fit beside each other into a GPU's registers
 
 
 def fast_weights(
@@ -229,6 +231,10 @@ def _unit_lower_inverse(lower: Tensor) -> Tensor:
 
 def _affine_states(start: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """S[n+1] = S[n] factor[n] + addend[n]: S[0..N], [B, N + 1, r, r]. factor: [B, N, r, r]."""
+    if on_triton(factor) and factor.dtype == torch.float32 and factor.shape[-1] <= MOST_MODES:
+        from bio_inspired_nanochat.kernels import affine_triton  # imported late: a machine without Triton never gets here
+
+        return affine_triton.affine_states(start, factor, addend)
     states = [start]
     for step, write in zip(factor.unbind(1), addend.unbind(1), strict=True):
         states.append(torch.baddbmm(write, states[-1], step))
