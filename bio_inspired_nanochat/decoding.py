@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.kernels.scan import on_triton
-from bio_inspired_nanochat.synaptic import CausalSelfAttention, LayerState, SynapseState, SynapticCausalSelfAttention, SynapticMoE, rotary
+from bio_inspired_nanochat.synaptic import (
+    CausalSelfAttention,
+    LayerState,
+    Place,
+    SynapseState,
+    SynapticCausalSelfAttention,
+    SynapticMoE,
+    rotary,
+)
 
 if TYPE_CHECKING:
     from bio_inspired_nanochat.kernels.decode_triton import TokenSite
@@ -47,6 +55,10 @@ class _Token:
             decode_triton.advance(cache, self.positions, site)
         return y
 
+    def place(self, device: torch.device) -> Place:
+        """See `Chunk.place`; a row at position -1 is not there."""
+        return Place(self.positions[:, 0], None, self.positions >= 0)
+
 
 class _Reader(nn.Module):
     """What the graph holds of a model: what every step casts to the dtype of the activations is cast once."""
@@ -59,7 +71,11 @@ class _Reader(nn.Module):
             f"model.{name}": value.detach().to(dtype)
             for name, value in model.named_parameters()
             if value.dtype != dtype
-            and (roles[name] in ("matrix", "head") or (roles[name] == "gate" and value.ndim == 2) or name in ("resid_scale", "x0_scale"))
+            and (
+                roles[name] in ("matrix", "head", "fast")
+                or (roles[name] == "gate" and value.ndim == 2)
+                or name in ("resid_scale", "x0_scale")
+            )
         }
 
     def read(self, idx: Tensor, token: _Token, layers: list[LayerState]) -> Tensor:
@@ -82,8 +98,6 @@ def graph_obstacle(model: GPT, state: SynapseState) -> str | None:
         return "it runs Triton kernels on CUDA (with TRITON_INTERPRET=1 also on the CPU)"
     if state.doc is not None:
         return "this model keeps documents apart"
-    if any(layer.fast for layer in state.layers):
-        return "this model has fast weights"
     if any(isinstance(block.mlp, SynapticMoE) for block in model.blocks):
         return "this model has experts"
     from bio_inspired_nanochat.kernels import decode_triton  # imported late: a machine without Triton never gets here

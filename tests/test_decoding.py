@@ -25,6 +25,8 @@ CASES = {
     "window": ("default", {"sequence_len": 24, "window_pattern": "SL", "value_embeds": False}),
     "barrier alone": ("barrier_gated", {"n_layer": 1}),
     "parts": ("parts", {"n_layer": 1}),
+    "fast weights": ("all_fast", {"n_layer": 1}),
+    "latch": ("camkii_latch", {"n_layer": 1}),
 }
 
 
@@ -125,7 +127,6 @@ def refusals(device="cpu"):
         (lateral, None, "lateral"),
         (noisy, 1, "random"),
         (make_model("vanilla"), None, "head size 8"),
-        (make_model("fast_delta"), None, "fast weights"),
     ):
         model.to(device)
         state = model.init_state(1, 8, noise_seed=noise_seed)

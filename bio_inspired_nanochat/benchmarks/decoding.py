@@ -72,7 +72,9 @@ class BenchDecodeConfig:
             if getattr(self, name) == ():
                 raise UserError(f"{name} is empty: give at least one value")
         if not self.syn_cfg.active:
-            raise UserError("the synaptic model has neither terminals nor barrier: there is nothing to compare; use --syn_preset=default")
+            raise UserError(
+                "the synaptic model has no terminals, no barrier and no fast weights: there is nothing to compare; use --syn_preset=default"
+            )
 
 
 class Decoding:

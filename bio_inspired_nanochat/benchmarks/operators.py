@@ -49,8 +49,11 @@ ROWS = (
 )
 
 
-# The tiles that it chooses itself do not fit into a GPU's shared memory beside the gradient of the bias.
-_FLEX_BACKWARD = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_stages": 1}
+# The tiles that it chooses itself do not fit into a GPU's shared memory beside the bias and its gradient.
+_FLEX_TILES = {
+    **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2},
+    **{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_stages": 1},
+}
 
 
 class Cell(NamedTuple):
@@ -213,7 +216,7 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
         return score + plane[batch, head, query // tick, key]
 
     mask = create_block_mask(causal, None, None, tokens, tokens, device=inputs.q.device)
-    options = {"score_mod": biased, "block_mask": mask, "scale": inputs.scale, "kernel_options": _FLEX_BACKWARD}
+    options = {"score_mod": biased, "block_mask": mask, "scale": inputs.scale, "kernel_options": _FLEX_TILES}
     return lambda: compiled(inputs.q, inputs.k, inputs.v, **options)
 
 

@@ -64,7 +64,9 @@ class BenchTrainConfig:
     def __post_init__(self) -> None:
         validate(self)
         if not self.syn_cfg.active:
-            raise UserError("the synaptic model has neither terminals nor barrier: there is nothing to compare; use --syn_preset=default")
+            raise UserError(
+                "the synaptic model has no terminals, no barrier and no fast weights: there is nothing to compare; use --syn_preset=default"
+            )
 
 
 class Trainee(Rehearsal):

@@ -5,7 +5,7 @@ inside a tick if need be; ticks stay absolute, and from a document's first token
 rest.
 
 The linear mode is a matrix product over ticks. The latch is a loop, as a custom operator: opaque to torch.compile, and with
-a backward pass that reads every tick's slopes off the kept course at once.
+a backward pass that reads every tick's slopes off the kept course at once; on CUDA one kernel each (`kernels.density_triton`).
 
 Dimensions: B batch, T tokens, N ticks, c tick length.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels.decay import decayed_sums
 from bio_inspired_nanochat.kernels.masks import QStart, num_ticks
 from bio_inspired_nanochat.kernels.molecules import DensityParams, DensityState, density_step, drives, latch_slopes, latch_step
+from bio_inspired_nanochat.kernels.scan import on_triton
 
 __all__ = ["DensityParams", "DensityState", "density", "density_step"]
 
@@ -158,11 +159,19 @@ def _latch_levels(start: Tensor, calcium: Tensor, kept: Tensor, params: DensityP
     return latch_join(torch.cat([start[:, None], stepped], dim=1), course, slopes)
 
 
+def _on_kernels(x: Tensor) -> bool:
+    return on_triton(x) and x.dtype == torch.float32
+
+
 def _unpack(constants: Tensor, tick: int) -> DensityParams:
     return DensityParams(tick, True, *constants.unbind())
 
 
 def _latch_course(start: Tensor, calcium: Tensor, kept: Tensor, constants: Tensor, tick: int) -> Tensor:
+    if _on_kernels(start):
+        from bio_inspired_nanochat.kernels import density_triton  # imported late: a machine without Triton never gets here
+
+        return density_triton.course(start, calcium, kept, constants, tick)
     params, course = _unpack(constants, tick), [start]
     for now, keep in zip(calcium.unbind(1), kept.unbind(1), strict=True):
         course.append(torch.stack(latch_step(*(course[-1] * keep[:, None]).unbind(-1), now, params), dim=-1))
@@ -194,6 +203,10 @@ def _(stepped: Tensor, course: Tensor, slopes: Tensor) -> Tensor:
 @torch.library.custom_op("bio_inspired_nanochat::latch_adjoint", mutates_args=())
 def latch_adjoint(grad: Tensor, slopes: Tensor) -> Tensor:
     """g[n] = grad[n] + slopes[n]^T g[n + 1], from the end. grad: [B, N + 1, 2]."""
+    if _on_kernels(grad):
+        from bio_inspired_nanochat.kernels import density_triton
+
+        return density_triton.adjoint(grad, slopes)
     adjoint = [grad[:, -1]]
     for n in range(slopes.shape[1] - 1, -1, -1):
         adjoint.append(grad[:, n] + (slopes[:, n] * adjoint[-1][:, :, None]).sum(1))

@@ -26,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.kernels import fast_fla
 from bio_inspired_nanochat.kernels.decay import decayed_sums
+from bio_inspired_nanochat.kernels.scan import on_triton
 
 RULES = ("hebb", "delta")
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "fla")
 CHUNK = 64
+MOST_MODES = 128  # whose factors fit beside each other into a GPU's registers
 
 
 def fast_weights(
@@ -56,7 +59,8 @@ def fast_weights(
         start: [B, r, r] fast weights before the first token, rows post and columns pre modes; None: zero.
         fresh: [B, T] bool, True where a document begins: F is zero when that token reads.
         live: [B, T] bool, False for padding at the right end, which changes nothing and whose z means nothing.
-        backend: "reference" (the recurrence), "chunked", or "auto" (chunked, a single token by the recurrence).
+        backend: "reference" (the recurrence), "chunked", "fla" (flash-linear-attention, on CUDA where it is installed), or "auto"
+            (chunked, a single token by the recurrence).
 
     Returns:
         z [B, T, r] in u's dtype, and the fast weights after the last token [B, r, r], float32 (float64 for float64 inputs).
@@ -66,11 +70,15 @@ def fast_weights(
         raise UserError(f"rule={rule!r} is not valid for fast_weights: one of {', '.join(RULES)}")
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is not valid for fast_weights: one of {', '.join(BACKENDS)}")
+    if backend == "fla" and (obstacle := fast_fla.obstacle(u, fresh, live)):
+        raise UserError(f"backend='fla' cannot serve these fast weights: {obstacle}; use backend='auto'")
     batch, length, modes = u.shape
     assert gamma.shape == ((modes,) if rule == "hebb" else ()), f"{rule} with gamma {tuple(gamma.shape)}"
     state_dtype = torch.promote_types(u.dtype, torch.float32)
     eta, gamma = eta.to(state_dtype), gamma.to(state_dtype)
     start = u.new_zeros(batch, modes, modes, dtype=state_dtype) if start is None else start.to(state_dtype)
+    if backend == "fla":
+        return fast_fla.fast_weights(u, m, eta, gamma, start, rule)
     if live is not None:
         u, m = (torch.where(live[:, :, None], x, torch.zeros_like(x)) for x in (u, m))
         eta = torch.where(live, eta, torch.zeros_like(eta))
@@ -223,6 +231,10 @@ def _unit_lower_inverse(lower: Tensor) -> Tensor:
 
 def _affine_states(start: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """S[n+1] = S[n] factor[n] + addend[n]: S[0..N], [B, N + 1, r, r]. factor: [B, N, r, r]."""
+    if on_triton(factor) and factor.dtype == torch.float32 and factor.shape[-1] <= MOST_MODES:
+        from bio_inspired_nanochat.kernels import affine_triton  # imported late: a machine without Triton never gets here
+
+        return affine_triton.affine_states(start, factor, addend)
     states = [start]
     for step, write in zip(factor.unbind(1), addend.unbind(1), strict=True):
         states.append(torch.baddbmm(write, states[-1], step))

@@ -15,7 +15,7 @@ from bio_inspired_nanochat.synaptic.moe import Probe, Routing, SynapticMoE
 from bio_inspired_nanochat.synaptic.postsynaptic import DENSITY_ROLES, Density, SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
 from bio_inspired_nanochat.synaptic.roles import active_size, flops_per_token, param_roles
-from bio_inspired_nanochat.synaptic.state import Chunk, ExpertState, Extras, FastState, LayerState, SynapseState, same_layout
+from bio_inspired_nanochat.synaptic.state import Chunk, ExpertState, Extras, FastState, LayerState, Place, SynapseState, same_layout
 from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "LayerState",
     "LayerTelemetry",
     "Linear",
+    "Place",
     "Presynaptic",
     "Probe",
     "Routing",

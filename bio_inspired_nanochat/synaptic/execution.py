@@ -26,5 +26,5 @@ def describe_execution(config: GPTConfig, device: torch.device, dtype: torch.dty
         noise = ReleaseNoise.of(torch.zeros(1, dtype=torch.long), 0) if params.sampler is not None else None
         obstacle = kernels.fused_obstacle(q, torch.zeros(1, device=device), params, noise)
     if obstacle is None:
-        return "attention: fused, one operator per layer, nothing kept between its forward and backward (backend=auto)"
+        return "attention: fused, one operator per layer, which keeps at most the drive for its backward (backend=auto)"
     return f"attention: triton, one operator each for drive, terminals and attention (backend=auto; not fused: {obstacle})"

@@ -109,9 +109,14 @@ class Density(nn.Module):
         return _at_rest(weights)
 
     def read(
-        self, x: Tensor, base: Tensor, place: Place, before: FastState | None = None, record: dict[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        place: Place,
+        before: FastState | None = None,
+        record: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, FastState]:
-        """The addition to the layer's output `base` [B, T, n_out] for inputs x [B, T, n_in], and the state after the last token.
+        """The layer's output [B, T, n_out] for inputs x [B, T, n_in] and slow weights [n_out, n_in]; the state after the last token.
 
         before: the state at the first token, None for fresh sequences; record: gets means of what happened.
         """
@@ -119,11 +124,14 @@ class Density(nn.Module):
             start = self.start if "fast_init" in self.on else self.pre.new_zeros(self.modes, self.modes)
             before = _at_rest(start.to(torch.promote_types(x.dtype, torch.float32)).expand(x.shape[0], -1, -1))
         wide = before.weights.dtype
-        table = torch.cat([self.pre, self.write_gate[None], self.read_gate[None]]).to(x.dtype)
-        pre, write, read = F.linear(x, table).to(wide).split([self.modes, 1, 1], dim=-1)
+        base = F.linear(x, weight.to(x.dtype))
+        table = [self.pre, self.write_gate[None], self.read_gate[None]]
+        if x.shape[0] * x.shape[1] > x.shape[2]:  # then P W_slow is cheaper to make than all of the output is to read again
+            table.append(self.post @ weight)
+        pre, write, read, *m = F.linear(x, torch.cat(table).to(x.dtype)).split([self.modes, 1, 1, self.modes][: len(table)], dim=-1)
+        pre, write, read, m = pre.to(wide), write.to(wide), read.to(wide), m[0] if m else F.linear(base, self.post.to(x.dtype))
         shrink = torch.rsqrt(pre.square().sum(-1) + FLOOR)
         u = (pre * shrink[..., None]).to(x.dtype)
-        m = F.linear(base, self.post.to(x.dtype))
         write, read = torch.sigmoid(write[..., 0]), read[..., 0]
         eta, opening, slots, molecules = self._gates(m.to(wide), write, before, place)
         gamma = torch.exp(-1 / self.decay_time()).to(wide)
@@ -133,7 +141,7 @@ class Density(nn.Module):
             z = slots * torch.tanh(z / slots)
         norm = torch.rsqrt(z.square().mean(-1) + 1)
         gate = torch.sigmoid(read if opening is None else read + opening)
-        y = F.linear((z * (norm * gate)[..., None]).to(x.dtype), self.out.to(x.dtype))
+        y = base + F.linear((z * (norm * gate)[..., None]).to(x.dtype), self.out.to(x.dtype))
         sums = _running(torch.stack([norm * shrink, gate, torch.ones_like(gate)]), before, place)
         after = FastState(weights, *molecules, *sums)
         if record is not None:
@@ -239,21 +247,19 @@ class SynapticLinear(Linear):
 
     def forward(self, x: Tensor, extras: Extras | None = None) -> Tensor:
         """Whole sequences from position 0, x [B, T, n_in] to [B, T, n_out]."""
-        base = super().forward(x)
         if self.density is None:
-            return base
+            return super().forward(x)
         extras = extras or Extras()
         record = None if extras.record is None else extras.record.setdefault("fast", {}).setdefault(self.key, {})
-        return base + self.density.read(x, base, Place.whole(extras.doc), record=record)[0]
+        return self.density.read(x, self.weight, Place.whole(extras.doc), record=record)[0]
 
     def step(self, x: Tensor, state: LayerState, chunk: Arrival) -> Tensor:
         """The next chunk of running sequences, x [B, t, n_in]; the fast weights in `state` advance in place."""
-        base = super().forward(x)
         if self.density is None:
-            return base
-        y, after = self.density.read(x, base, chunk.place(x.device), state.fast[self.key])
+            return super().forward(x)
+        y, after = self.density.read(x, self.weight, chunk.place(x.device), state.fast[self.key])
         state.fast[self.key].copy_(after)
-        return base + y
+        return y
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> FastState:
         """The fast weights of `batch` fresh sequences; dtype is that of the activations."""

@@ -78,6 +78,9 @@ class Callback:
     def on_eval(self, record: EvalRecord) -> None:
         """After every evaluation."""
 
+    def on_consolidate(self, step: int, change: float) -> None:
+        """After fast weights joined slow ones; `change`: norm of what was added, relative to that of the weights."""
+
     def on_sample(self, step: int, texts: list[str]) -> None:
         """After sampling: each text with its prompt."""
 
@@ -119,6 +122,9 @@ class Console(Callback):
         say(
             f"eval {record.step:0{self._width}d} | val_bpb {record.val_bpb:.4f} | val_loss {record.val_loss:.4f} | {record.tokens:,} tokens"
         )
+
+    def on_consolidate(self, step: int, change: float) -> None:
+        say(f"sleep {step:0{self._width}d} | fast weights changed the slow ones by {change:.2g} of their norm")
 
     def on_sample(self, step: int, texts: list[str]) -> None:
         for text in texts:
@@ -171,6 +177,9 @@ class JsonLog(Callback):
 
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", dataclasses.asdict(record))
+
+    def on_consolidate(self, step: int, change: float) -> None:
+        self._write("consolidate", {"step": step, "change": change})
 
     def on_sample(self, step: int, texts: list[str]) -> None:
         self._write("sample", {"step": step, "texts": texts})

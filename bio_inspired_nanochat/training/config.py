@@ -74,6 +74,14 @@ class TrainConfig:
         unit="tokens",
     )
     optim: OptimConfig = knob(OptimConfig, "optimizer")
+    consolidate_every: int = knob(
+        0,
+        "steps between consolidations: the fast weights of the last batch's sequences join the slow weights; 0 never does it",
+        lo=0,
+        off=0,
+        unit="steps",
+    )
+    consolidate_strength: float = knob(0.01, "share of the fast weights that a consolidation adds", lo=-1.0, hi=1.0)
     seed: int = knob(0, "seed of weights, sampling and everything else that is random", lo=0, hi=(1 << 63) - 1)
     max_minutes: float = knob(
         0.0, "end after this time; the learning rate decays by whichever runs out first, steps or minutes; 0 is no limit", lo=0.0, off=0.0
@@ -112,6 +120,10 @@ class TrainConfig:
             raise UserError("--syn_cfg.* and --syn_preset do nothing without synapses: add --synapses=1")
         if self.splitmerge_every and self.num_experts == 0:
             raise UserError("--splitmerge_every has nobody to act on with --num_experts=0: leave --num_experts out (8) or give at least 3")
+        if self.consolidate_every and not (self.synapses and self.syn_cfg.hebb != "off"):
+            raise UserError(
+                f"consolidate_every={self.consolidate_every} needs fast weights: add --synapses=1 --syn_cfg.hebb=delta, or set it to 0"
+            )
         if self.data_dir is not None and self.dataset is not None:
             raise UserError("--data_dir and --dataset are two sources of text: give one of them")
         if self.run_name is not None and (not self.run_name.strip(".") or "/" in self.run_name or "\\" in self.run_name):

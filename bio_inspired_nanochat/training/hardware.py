@@ -98,15 +98,28 @@ def bytes_per_row(config: GPTConfig, dtype: torch.dtype) -> int:
     """Rough need of one row of a batch in training, without recomputation: what the backward keeps.
 
     Per token and layer about 18 vectors of the width; per token the logits and their gradient in float32; a synaptic layer
-    also its drive, bias and state per (head, tick, key). An estimate to choose a first batch size by, good to about a third.
+    also what its terminals keep per (head, tick, key). An estimate to choose a first batch size by, good to about a third.
     """
     tokens, size = config.sequence_len, torch.finfo(dtype).bits // 8
     layers = config.n_layer * tokens * 18 * config.n_embd * size
     head = tokens * config.vocab_size * (3 * 4 + size)
     synaptic = 0
-    if config.synapses and config.syn_cfg.active:
-        synaptic = config.n_layer * config.n_head * (tokens * tokens // config.syn_cfg.tick + tokens) * 8 * 4
+    if config.synapses and config.syn_cfg.in_attention:
+        ticks = -(-tokens // config.syn_cfg.tick)
+        synaptic = config.n_layer * config.n_head * tokens * ticks * _kept_by_terminals(config, ticks, dtype)
     return layers + head + synaptic
+
+
+def _kept_by_terminals(config: GPTConfig, ticks: int, dtype: torch.dtype) -> int:
+    """Bytes per (head, tick, key): drive, bias and states operator by operator; the fused layer keeps the drive, in short contexts.
+
+    Training runs in bfloat16 on GPUs alone, where the fused layer serves whatever does not look across keys or tick by tick.
+    """
+    cfg = config.syn_cfg
+    split = cfg.lateral_strength != 0 or cfg.aux_energy or cfg.aux_pool or not cfg.presyn or config.backend not in ("auto", "fused")
+    if dtype != torch.bfloat16 or split:
+        return 8 * 4
+    return 2 if ticks <= 4 * config.head_dim else 0
 
 
 def fitting_rows(config: GPTConfig, dtype: torch.dtype, params: int, memory: int, most: int = 64) -> int:

@@ -25,7 +25,7 @@ from bio_inspired_nanochat.evaluation.bpb import bits_per_byte, evaluating
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import Optimizer
 from bio_inspired_nanochat.structural import LineageLog
-from bio_inspired_nanochat.synaptic import Probe, Routing
+from bio_inspired_nanochat.synaptic import Probe, Routing, sleep
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
@@ -105,6 +105,7 @@ class Trainer:
         self.saved_step = self.start_step if job.resumed_from else -1
         self.first_loss: float | None = None
         self._unread: list[Tensor] = []
+        self._last_batch: Tensor | None = None
         self._grad_norm = 0.0
         self._waited = job.loader.wait_seconds
         self._before = job.progress.seconds
@@ -169,6 +170,8 @@ class Trainer:
             self.progress.tokens += self.plan.tokens_per_step
             self.clock.steps += 1
             step, last = self.progress.step, self.progress.step == self.plan.steps
+            if self.config.consolidate_every > 0 and self._due(self.config.consolidate_every):
+                self._consolidate()
             for callback in self.callbacks:
                 callback.after_update(step, self.job.model, self.job.optimizer)
             log = self.config.log_every > 0 and (self._due(self.config.log_every) or last or step == self.start_step + 1)
@@ -202,6 +205,7 @@ class Trainer:
             with self._forward.no_sync() if unsynced else contextlib.nullcontext():
                 loss = self._backward(idx, targets, micro)
             total = loss if total is None else total + loss
+            self._last_batch = idx
         assert total is not None
         norm = self.job.optimizer.clip_grad_norm()
         self.job.optimizer.step()
@@ -253,6 +257,13 @@ class Trainer:
             return self.progress.step
         by_time = int(self.plan.steps * seconds / (60 * self.config.max_minutes))
         return max(self.progress.step, min(self.plan.steps - 1, by_time))
+
+    def _consolidate(self) -> None:
+        """Let what the step's last sequences leave in the fast weights join the slow ones. Collective."""
+        assert self._last_batch is not None
+        with evaluating(self.job.model):
+            change = sleep(self.job.model, self._last_batch, self.config.consolidate_strength).norm()
+        self._tell("on_consolidate", self.progress.step, change)
 
     # --- between steps -----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from bio_inspired_nanochat.benchmarks.timing import Course
-from scripts import bench_decode, bench_kernels, bench_train
+from scripts import bench_decode, bench_kernels, bench_memory, bench_train
 
 KERNELS = ["--device=cpu", "--seconds=0", "--head_dim=16", "--context=32,17", "--tick=8"]
 TRAIN = ["--device=cpu", "--seconds=0", "--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--vocab_size=300"]
@@ -156,3 +156,12 @@ def test_wrong_flags_are_one_line_and_exit_code_2(capsys, script, words, said):
         script.main(["--device=cpu", *words])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and said in lines[0]
+
+
+def test_memory_is_compared_with_attention(capsys):
+    words = ["--device=cpu", "--seconds=1", "--rows=1", "--context=32", "--modes=4", "--executions=chunked,reference,fla"]
+    lines, record = run(capsys, bench_memory, *words)
+    found = {(row["rule"], row["execution"]): row for row in record["memory"]}
+    assert set(found) == {("attention", ""), *((rule, execution) for rule in ("hebb", "delta") for execution in ("chunked", "reference"))}
+    assert all(row["both_ms"] > 0 and row["ratio"] > 0 for row in found.values()) and found["attention", ""]["ratio"] == 1
+    assert sum("backend='fla' cannot serve" in line for line in lines) == 2

@@ -11,6 +11,7 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels.codegen import emit, trace
 from bio_inspired_nanochat.kernels.density import DensityParams, DensityState, density, density_step
 from bio_inspired_nanochat.kernels.molecules import latch_slopes, latch_step
+from tests.kernels.interpreter import run_interpreted
 
 DOUBLE = torch.float64
 FIRSTS = [0, 3, torch.tensor([0, 5, 14])]
@@ -331,3 +332,33 @@ def test_refining_the_tick_converges(latch):
         assert (errors[:, 2] < 1e-12).all()
     else:
         assert (errors < 1e-12).all()  # exact
+
+
+# On CUDA
+
+
+def kernels(device: str = "cpu") -> None:
+    """The latch in float32 by its kernels equals the loop in float64, with gradients, and what a model calls does not fail."""
+    params = DensityParams(4, True, tau_camkii=16.0)
+    generator = torch.Generator().manual_seed(1)
+    calcium, state = torch.rand(5, 90, generator=generator), torch.rand(4, 5, generator=generator)
+    fresh = (torch.rand(5, 90, generator=generator) < 0.05).to(device)
+    weight = [torch.randn(value.shape, generator=generator) for value in (*[calcium] * 3, *[calcium[:, 0]] * 4)]
+    found = []
+    for dtype in (torch.float32, DOUBLE):
+        leaves = [value.to(device, dtype).requires_grad_() for value in (calcium, state)]
+        *levels, final = density(leaves[0], params, DensityState(*leaves[1]), 3, fresh=fresh)
+        values = [*levels, *final]
+        loss = sum((value * by.to(value)).sum() for value, by in zip(values, weight, strict=True))
+        found.append([*values, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_the_kernels_of_the_latch_in_the_interpreter():
+    run_interpreted("from tests.kernels.test_density import kernels\nkernels()")
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_the_latch_on_the_gpu():
+    kernels("cuda")

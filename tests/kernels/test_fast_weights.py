@@ -12,6 +12,7 @@ from torch import Tensor
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels.decay import decayed_sums
 from bio_inspired_nanochat.kernels.fast_weights import RULES, fast_weights, solve_unit_lower
+from tests.kernels.interpreter import run_interpreted
 
 LENGTHS = [1, 7, 63, 64, 65, 200]
 DOUBLE = torch.float64
@@ -270,6 +271,49 @@ def test_inputs_are_never_written():
 def test_wrong_names_are_user_errors(wrong, said):
     with pytest.raises(UserError, match=said):
         fast_weights(**inputs(3, "hebb"), **wrong)
+
+
+def kernels(device: str = "cpu", modes: tuple[int, ...] = (5, 16)) -> None:
+    """The delta rule in float32 with its kernel equals the recurrence in float64."""
+    for count in modes:
+        found = []
+        for dtype, backend in ((torch.float32, "chunked"), (DOUBLE, "reference")):
+            torch.manual_seed(0)
+            given = {name: value.detach().to(device, dtype).requires_grad_() for name, value in inputs(200, "delta", modes=count).items()}
+            values = fast_weights(**given, rule="delta", backend=backend)
+            generator = torch.Generator().manual_seed(1)
+            loss = sum((value * torch.randn(value.shape, generator=generator).to(value)).sum() for value in values)
+            found.append([*values, *torch.autograd.grad(loss, list(given.values()))])
+        for got, want in zip(*found, strict=True):
+            assert (got.double() - want).norm() <= 2e-5 * want.norm()
+
+
+def test_the_kernel_of_the_states_between_chunks_in_the_interpreter():
+    run_interpreted("from tests.kernels.test_fast_weights import kernels\nkernels()")
+
+
+@pytest.mark.gpu
+def test_the_kernel_of_the_states_between_chunks_on_the_gpu():
+    kernels("cuda", (5, 16, 64, 100))
+
+
+def test_fla_says_why_it_cannot_serve():
+    with pytest.raises(UserError, match="backend='fla' cannot serve these fast weights: the tensors are on cpu; use backend='auto'"):
+        fast_weights(**inputs(3, "delta"), rule="delta", backend="fla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_fla_equals_the_recurrence_on_the_gpu(rule):
+    pytest.importorskip("fla")
+    given = {name: value.detach().float().cuda().requires_grad_() for name, value in inputs(130, rule, modes=16).items()}
+    got, want = (fast_weights(**given, rule=rule, backend=backend) for backend in ("fla", "reference"))
+    weight = [torch.randn_like(value) for value in want]
+    grads = [
+        torch.autograd.grad(sum((a * b).sum() for a, b in zip(values, weight, strict=True)), list(given.values())) for values in (got, want)
+    ]
+    for a, b in zip([*got, *grads[0]], [*want, *grads[1]], strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()  # its products run in tf32
 
 
 @pytest.mark.parametrize("steps", [1, 64, 65, 300])

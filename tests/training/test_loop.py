@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import Callback, train
 from bio_inspired_nanochat.training.loop import Trainer
@@ -187,3 +188,23 @@ def test_evaluation_and_samples_do_not_change_training(tmp_path):
 def test_samples_are_text_with_their_prompt(tmp_path, capsys):
     train(small(tmp_path, num_iterations=2, sample_every=1, save_every=-1))
     assert "sample 00002 | 'The" in capsys.readouterr().out
+
+
+def test_training_sleeps_when_asked_to(tmp_path, capsys):
+    cfg = SynapticConfig(hebb="delta", rank_eligibility=4)
+    fast = {"synapses": True, "syn_cfg": cfg, "num_iterations": 6, "save_every": -1, "seed": 1}
+    plain, zero, asleep = (
+        train(small(tmp_path, **fast, **sleeping))
+        for sleeping in ({}, {"consolidate_every": 2, "consolidate_strength": 0.0}, {"consolidate_every": 2, "consolidate_strength": 1.0})
+    )
+    assert plain["final_loss"] == zero["final_loss"] != asleep["final_loss"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sleep")]
+    assert [line[:11] for line in lines] == ["sleep 00002", "sleep 00004", "sleep 00006"] * 2
+    events = map(json.loads, (Path(asleep["log_dir"]) / "metrics.jsonl").read_text().splitlines())
+    changes = {event["step"]: event["change"] for event in events if event["kind"] == "consolidate"}
+    assert list(changes) == [2, 4, 6] and changes[6] > 0
+
+
+def test_only_fast_weights_can_be_consolidated(tmp_path):
+    with pytest.raises(UserError, match=r"consolidate_every=2 needs fast weights: add --synapses=1 --syn_cfg.hebb=delta"):
+        small(tmp_path, consolidate_every=2)

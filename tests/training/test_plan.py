@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, dry_run, print_config
-from bio_inspired_nanochat.training.hardware import peak_by_name
+from bio_inspired_nanochat.training.hardware import bytes_per_row, peak_by_name
 from bio_inspired_nanochat.training.plan import OPERATIONAL, given_fields, inherit, make_plan
 from tests.training.tiny import SMALL
 
@@ -116,3 +116,16 @@ def test_the_printed_config_leaves_nothing_open(capsys):
     record = print_config(TrainConfig())
     unknown = [name for name, value in record["config"].items() if value is None]
     assert set(unknown) <= {"head_dim", "n_kv_head", "data_dir", "dataset", "tokenizer", "checkpoint_dir", "run_name"}
+
+
+def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():
+    """Per row a synaptic model needs little more than vanilla where one operator serves its layers, and T^2 / c values where not."""
+    sizes = {"sequence_len": 8192, "vocab_size": 8192, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768}
+    vanilla, fused, split = (
+        bytes_per_row(GPTConfig(**sizes, synapses=synapses, syn_cfg=cfg), torch.bfloat16)
+        for synapses, cfg in ((False, SynapticConfig()), (True, SynapticConfig()), (True, SynapticConfig(lateral_strength=0.1)))
+    )
+    assert fused == vanilla and split > 10 * vanilla
+    shorter = {**sizes, "sequence_len": 2048}
+    kept = bytes_per_row(GPTConfig(**shorter, synapses=True), torch.bfloat16) - bytes_per_row(GPTConfig(**shorter), torch.bfloat16)
+    assert kept == pytest.approx(12 * 12 * 2048 * 2048 / 8 * 2, rel=0.01)  # the drive, one bfloat16 per head, tick and key
