@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from bio_inspired_nanochat.config.knobs import REQUIRED, Knob
+from bio_inspired_nanochat.config.mechanisms import BETWEEN_STEPS, EXPERT_MECHANISMS, LIFE_CYCLE
 from bio_inspired_nanochat.config.synaptic import SynapticConfig
 from bio_inspired_nanochat.config.tables import KnobRow, default_text, knob_table, markdown_table
 from bio_inspired_nanochat.errors import UserError, nearest
 
 __all__ = [
+    "BETWEEN_STEPS",
     "GENERAL",
     "MECHANISMS",
     "KnobRow",
@@ -34,7 +36,8 @@ class Mechanism:
 
     on, off: the SynapticConfig fields that switch it, with the value for on and for off (`on` may set more than the switch);
     source: where its equation comes from; knobs: the fields that matter only while it is on; needs: the mechanisms without which
-    it does nothing; any_of: mechanisms of which it needs at least one, the first when none is asked for.
+    it does nothing; any_of: mechanisms of which it needs at least one, the first when none is asked for;
+    experts: it acts in models with routed experts only.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Mechanism:
     knobs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
+    experts: bool = False
 
     @property
     def fields(self) -> frozenset[str]:
@@ -72,8 +76,8 @@ class Mechanism:
 
 FAST_RULES = ("fast_delta", "fast_hebb")
 
-# Fields that no single mechanism owns: the time grid and a numerical floor.
-GENERAL: tuple[str, ...] = ("tick", "epsilon")
+# Fields that no single mechanism owns: the time grid, a numerical floor, and the life cycle, which is switched by a flag of training.
+GENERAL: tuple[str, ...] = ("tick", "epsilon", *LIFE_CYCLE)
 
 _ALL = (
     Mechanism(
@@ -364,6 +368,7 @@ _ALL = (
 )
 
 MECHANISMS: dict[str, Mechanism] = {mechanism.name: mechanism for mechanism in _ALL}
+MECHANISMS |= {record["name"]: Mechanism(**record, experts=True) for record in EXPERT_MECHANISMS}
 
 
 def closure(*names: str) -> list[str]:

@@ -17,7 +17,7 @@ from bio_inspired_nanochat.common import pick_device, print_json_line, progress,
 from bio_inspired_nanochat.config import SynapticConfig, knob, knobs_of, validate
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error, nearest
-from bio_inspired_nanochat.evaluation.census import STEPS, USER_NAMES, Census, CensusRow, Liveness, census_rows
+from bio_inspired_nanochat.evaluation.census import STEPS, USER_NAMES, Census, CensusRow, Liveness, census_rows, plan
 from bio_inspired_nanochat.registry import markdown_table
 
 USER_COLUMNS = ("name", "a higher value means", "liveness")
@@ -34,7 +34,7 @@ class ParamCensusConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        valid = knobs_of(SynapticConfig)
+        valid = plan()
         for name in self.knobs:
             if name not in valid:
                 raise UserError(f"knobs={name!r} is not a knob of a synapse{nearest(name, valid)}; --knobs=tick,... or none for all")
@@ -42,7 +42,8 @@ class ParamCensusConfig:
 
 def take_census(config: ParamCensusConfig) -> list[Liveness]:
     """Train what the knobs need and measure them, in the order of their definition."""
-    names = [name for name in knobs_of(SynapticConfig) if not config.knobs or name in config.knobs]
+    measured = plan()
+    names = [name for name in knobs_of(SynapticConfig) if name in (config.knobs or measured)]
     census = Census(config.steps, pick_device(config.device))
     models = census.needed(names)
     for number, mechanisms in enumerate(models, 1):

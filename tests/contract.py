@@ -12,12 +12,13 @@ from bio_inspired_nanochat.synaptic import Density
 
 SIZES = {"sequence_len": 64, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "bos_token_id": 0}
 BACKENDS = ["reference", "sdpa"]
+EXPERTS = {"num_experts": 4, "expert_slots": 5}
 MODELS = {
     "plain": {},
     "window": {"window_pattern": "SL"},
     "documents": {"doc_mask": True},
     "no_value_embeds": {"value_embeds": False},
-    "experts": {"num_experts": 4, "expert_slots": 5},
+    "experts": EXPERTS,
     "experts_documents": {"num_experts": 4, "doc_mask": True},
 }
 SYNAPSES: dict[str, SynapticConfig | None] = {"vanilla": None, "default": SynapticConfig()}
@@ -48,6 +49,11 @@ def remembering(density: Density, seed: int = 8) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.2 if name == "out" else 0.3))
 
 
+def needed_by(synapses: str) -> dict[str, int]:
+    """What a model must have for a variant to act: experts, for the mechanisms of experts."""
+    return EXPERTS if synapses in MECHANISMS and MECHANISMS[synapses].experts else {}
+
+
 def make_model(synapses: str, tick: int = 4, seed: int = 0, live: bool = True, **overrides) -> GPT:
     """A tiny model in evaluation mode whose zero-initialised matrices are filled, so that every layer matters."""
     cfg = SYNAPSES[synapses]
@@ -55,7 +61,7 @@ def make_model(synapses: str, tick: int = 4, seed: int = 0, live: bool = True, *
         cfg = dataclasses.replace(cfg, tick=tick, theta=-1.0, alpha_ca=0.5, release_rate=0.2, tau_c=12.0, tau_rrp=24.0)
         cfg = dataclasses.replace(cfg, tau_camkii=8.0, tau_pp1=6.0, tau_bdnf=12.0, camkii_half=0.2, rank_eligibility=8)
         overrides = {"synapses": True, "syn_cfg": cfg, **overrides}
-    model = GPT(GPTConfig(**{**SIZES, **overrides}), seed=seed)
+    model = GPT(GPTConfig(**{**SIZES, **needed_by(synapses), **overrides}), seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if name.endswith((".o.weight", "w_out.weight", "experts.w_out", "head.weight", "value_embed.gate")):

@@ -5,8 +5,9 @@ import torch
 
 from bio_inspired_nanochat.config import SynapticConfig, knobs_of
 from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, STEPS, Census, build, plan
+from bio_inspired_nanochat.registry import BETWEEN_STEPS
 
-KNOBS = list(knobs_of(SynapticConfig))
+KNOBS = [name for name in knobs_of(SynapticConfig) if name not in BETWEEN_STEPS]
 MODELS = list(dict.fromkeys(plan().values()))
 
 

@@ -274,7 +274,16 @@ PRESETS: dict[str, dict[str, object]] = {
     "default": {},
     "core": {"barrier": "none"},
     "barrier": {"presyn": False},
-    "off": {"presyn": False, "barrier": "none"},
+    "off": {
+        "presyn": False,
+        "barrier": "none",
+        "router_identity": False,
+        "expert_plasticity": False,
+        "bank_gain": 0.0,
+        "balance_rate": 0.0,
+        "router_contrastive_push": 0.0,
+        "router_contrastive_pull": 0.0,
+    },
     "pilot": {"tick": 16, "barrier": "none", "drive": "softplus", "theta": 2.0, "syt_fast_kd": 1.0, "syt_mix": 1.0, "beta_max": 0.0},
     "full": {
         "buffer": True,

@@ -20,7 +20,7 @@ from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, knobs_of
 from bio_inspired_nanochat.config.knobs import kinds_of
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms, closure, config_with, knob_table, owners
+from bio_inspired_nanochat.registry import BETWEEN_STEPS, MECHANISMS, active_mechanisms, closure, config_with, knob_table, owners
 from bio_inspired_nanochat.tasks.phrases import VOCAB, batch, objective, train
 
 LEAST_CHANGE = 1e-3
@@ -28,6 +28,7 @@ STEPS = 200
 MORE_STEPS = 20  # for a value whose parameters are new: what it does may show only once they are learned
 PROBE = 9999  # the step whose batch is measured on; training never comes to it
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+EXPERTS = {"num_experts": 4, "expert_ratio": 1}  # in every model, so that the mechanisms of experts have something to act on
 # Constants under which a text of 64 tokens drains pools and energy and sees what was released come back.
 SMALL: Mapping[str, Any] = {
     "release_rate": 0.3,
@@ -131,7 +132,8 @@ def together(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def plan() -> dict[str, tuple[str, ...]]:
-    """For every knob the mechanisms of the model that it is measured on: as few models as can be.
+    """For every knob the mechanisms of the model that it is measured on: as few models as can be. What acts between training steps
+    alone is left to the tests of the life cycle.
 
     Everything is on in the first, except for what takes the place of something else; the switch of that is moved there. Its
     own knobs get further models.
@@ -139,7 +141,7 @@ def plan() -> dict[str, tuple[str, ...]]:
     models: dict[str, tuple[str, ...]] = {}
     default = SynapticConfig()
     wanted = [*active_mechanisms(default), *(name for name in MECHANISMS if name not in ASIDE and not _replaces(name, default))]
-    left = list(knobs_of(SynapticConfig))
+    left = [name for name in knobs_of(SynapticConfig) if name not in BETWEEN_STEPS]
     while left:
         model = together(wanted)
         covered = [name for name in left if not owners(name) or any(_acts(name, owner, model) for owner in owners(name))]
@@ -185,7 +187,7 @@ def points(name: str, current: Any) -> list[Any]:
 
 def build(config: SynapticConfig, device: torch.device | str = "cpu") -> GPT:
     """A small synaptic model at birth, in evaluation mode."""
-    return GPT(GPTConfig(**SIZES, synapses=True, syn_cfg=config)).to(device).eval()
+    return GPT(GPTConfig(**SIZES, **EXPERTS, synapses=True, syn_cfg=config)).to(device).eval()
 
 
 class Census:
