@@ -13,10 +13,10 @@ import torch
 from bio_inspired_nanochat.config import SynapticConfig, knob, knobs_of
 from bio_inspired_nanochat.evaluation import census
 from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, USER_NAMES, Census, points
-from bio_inspired_nanochat.registry import MECHANISMS, Mechanism, owners
+from bio_inspired_nanochat.registry import BETWEEN_STEPS, MECHANISMS, Mechanism, owners
 from scripts import param_census
 
-KNOBS = knobs_of(SynapticConfig)
+KNOBS = {name: knob for name, knob in knobs_of(SynapticConfig).items() if name not in BETWEEN_STEPS}
 STEPS = 12
 
 
