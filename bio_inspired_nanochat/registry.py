@@ -421,15 +421,19 @@ def owners(field: str) -> list[str]:
     return [name for name, mechanism in MECHANISMS.items() if field in mechanism.fields]
 
 
-def inert_fields(config: SynapticConfig, given: Collection[str]) -> list[str]:
+def inert_fields(config: SynapticConfig, given: Collection[str], experts: bool = True) -> list[str]:
     """One line for every given field that does nothing because all its mechanisms are off: which ones, and the flags that help.
 
     given: dotted names as of `parse_with_given`; those that do not begin with `syn_cfg.` are passed over, and so is a field that
-    switches its mechanism off.
+    switches its mechanism off. experts: whether the model has any.
     """
     lines = []
     for field in (f.name for f in dataclasses.fields(config)):
         names = owners(field)
+        lonely = field in LIFE_CYCLE or any(MECHANISMS[name].experts for name in names)
+        if lonely and not experts and f"syn_cfg.{field}" in given:
+            lines.append(f"--syn_cfg.{field} has no effect without experts: add --num_experts=8")
+            continue
         if f"syn_cfg.{field}" not in given or not names or any(MECHANISMS[name].is_on(config) for name in names):
             continue
         if any(MECHANISMS[name].off.get(field, REQUIRED) == getattr(config, field) for name in names):

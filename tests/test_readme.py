@@ -60,6 +60,7 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
+    "scripts.lineage": {},
     "scripts.prepare_data": {},
     "scripts.tok_train": {"vocab_size": 280},
     "scripts.tok_eval": {"vocab_size": "270,280", "max_chars": 5000},

@@ -119,6 +119,13 @@ def test_nothing_is_said_of_fields_that_act_or_that_switch_off(changes: dict[str
     assert inert_fields(dataclasses.replace(SynapticConfig(), **changes), {f"syn_cfg.{name}" for name in changes}) == []
 
 
+def test_knobs_of_experts_ask_for_experts() -> None:
+    given = {"syn_cfg.nmda", "syn_cfg.split_health_min"}
+    lines = inert_fields(dataclasses.replace(SynapticConfig(), nmda=True), given, experts=False)
+    assert lines == [f"--syn_cfg.{name} has no effect without experts: add --num_experts=8" for name in ("nmda", "split_health_min")]
+    assert inert_fields(dataclasses.replace(SynapticConfig(), nmda=True), given) == []
+
+
 def test_nothing_is_said_of_fields_that_were_not_given() -> None:
     assert inert_fields(SynapticConfig.preset("off"), {"tau_c", "optim.tau_buf"}) == []
 

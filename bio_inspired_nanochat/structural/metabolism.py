@@ -3,7 +3,7 @@
     fair      = k tokens / living experts
     account   E <- clip(E + r (demand / fair - 1) - lambda (E - 1/2), 0, 1)      fair demand rests at one half
     balance   b <- b + rate sign(fair load - load), centred                       per slot; twins are one slot of two fair shares
-    identity  moves towards experts that are chosen with it more often than by chance, and away from those nearby that are not
+    identity  moves towards experts that are chosen with it more often than the average pair, and away from those nearby that are not
 
 Demand is what tokens ask for without the balancing bias, which would cancel every difference. With income and tax r = 0.005 and
 lambda = 0.01 twice the fair demand fills the account to 0.8 in 92 steps and no demand empties it to 0.1 in 161.
@@ -134,8 +134,8 @@ def _contrast(layer: SynapticMoE, cfg: SynapticConfig) -> None:
     unit = F.normalize(identity, dim=-1)
     cosine = unit @ unit.T
     pair = kept.alive[:, None] & kept.alive & ~torch.eye(kept.slots, dtype=torch.bool, device=cosine.device)
-    chance = (layer.k - 1) / (kept.alive.sum() - 1).clamp(min=1)
-    lift = (kept.together + kept.together.T) / 2 - chance
+    shared = (kept.together + kept.together.T) / 2
+    lift = shared - (shared * pair).sum() / pair.sum().clamp(min=1)
     weight = cfg.router_contrastive_pull * lift.clamp(min=0) - cfg.router_contrastive_push * (-lift).clamp(min=0) * cosine.clamp(min=0)
     weight = weight * pair
     along = weight @ unit - (weight * cosine).sum(1, keepdim=True) * unit

@@ -96,7 +96,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
 
 def _say_inert(plan: Plan, given: set[str]) -> None:
     """A notice for every given flag of the synapses that changes nothing."""
-    for line in inert_fields(plan.model.syn_cfg, given) if plan.model.synapses else []:
+    for line in inert_fields(plan.model.syn_cfg, given, plan.model.num_experts > 0) if plan.model.synapses else []:
         say(f"notice: {line}")
 
 
