@@ -86,6 +86,7 @@ def test_the_balancing_bias_evens_loads_and_hides_nothing_from_demand():
     torch.testing.assert_close(settle(even, 100), demand)
     loads = [moe.accounts.load[:8] / moe.accounts.load[:8].sum() for moe in (uneven, even)]
     assert gini(loads[0]) > 0.3 and gini(loads[1]) < 0.1
+    assert even.accounts.energy[0] > even.accounts.energy[7] + 0.2  # accounts are paid by demand
     assert even.accounts.balance[:8].mean().abs() < 1e-4
 
 
