@@ -86,8 +86,15 @@ def test_the_balancing_bias_evens_loads_and_hides_nothing_from_demand():
     torch.testing.assert_close(settle(even, 100), demand)
     loads = [moe.accounts.load[:8] / moe.accounts.load[:8].sum() for moe in (uneven, even)]
     assert gini(loads[0]) > 0.3 and gini(loads[1]) < 0.1
-    assert even.accounts.energy[0] > even.accounts.energy[7] + 0.2  # accounts are paid by demand
     assert even.accounts.balance[:8].mean().abs() < 1e-4
+
+
+def test_tokens_that_the_bias_sends_are_not_paid_for():
+    moe = town([0.0] * 8, balance_rate=0.0, bank_gain=0.0, bank_rate=0.05, bank_decay=0.1)
+    moe.accounts.balance[0] = 50.0
+    demand = settle(moe, 40)
+    assert moe.accounts.load[0] > 3 and demand[0] < 1.5
+    assert moe.accounts.energy[0] < 0.75
 
 
 def test_a_rich_account_attracts_tokens():
