@@ -26,6 +26,7 @@ from bio_inspired_nanochat.kernels import (
     tick_biased_attention,
     tick_drive,
 )
+from bio_inspired_nanochat.synaptic import native
 from bio_inspired_nanochat.synaptic.layers import QK_SCALE, CausalSelfAttention
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
@@ -99,6 +100,8 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""
+        if native.chosen(self, q, state, chunk):
+            return native.attend(self, x, q, state, chunk)
         stop = chunk.stop
         k, v = state.k[:, :, :stop], state.v[:, :, :stop]
         beta = self._advance(q, k, state, chunk) if self.cfg.presyn else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import tick_biased_attention
+from bio_inspired_nanochat.synaptic import native
 from bio_inspired_nanochat.synaptic.state import Arrival, Chunk, Extras, LayerState
 
 ROPE_BASE = 100_000.0
@@ -93,6 +94,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache."""
+        if native.chosen(self, q, state, chunk):
+            return native.attend(self, x, q, state, chunk)
         k, v = state.k[:, :, : chunk.stop], state.v[:, :, : chunk.stop]
         return tick_biased_attention(
             q, k, v, None, self.tick, self.scale, q_start=chunk.start, window=self.window, doc=chunk.doc, backend=self.parts
