@@ -100,8 +100,8 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""
-        if native.chosen(self, q, state, chunk):
-            return native.attend(self, x, q, state, chunk)
+        if (y := native.attend(self, x, q, state, chunk)) is not None:
+            return y
         stop = chunk.stop
         k, v = state.k[:, :, :stop], state.v[:, :, :stop]
         beta = self._advance(q, k, state, chunk) if self.cfg.presyn else None

@@ -94,8 +94,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache."""
-        if native.chosen(self, q, state, chunk):
-            return native.attend(self, x, q, state, chunk)
+        if (y := native.attend(self, x, q, state, chunk)) is not None:
+            return y
         k, v = state.k[:, :, : chunk.stop], state.v[:, :, : chunk.stop]
         return tick_biased_attention(
             q, k, v, None, self.tick, self.scale, q_start=chunk.start, window=self.window, doc=chunk.doc, backend=self.parts

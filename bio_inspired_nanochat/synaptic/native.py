@@ -30,41 +30,52 @@ class _Prepared(NamedTuple):
 _PREPARED: WeakKeyDictionary[nn.Module, _Prepared] = WeakKeyDictionary()
 
 
-def chosen(layer: Any, q: Tensor, state: LayerState, chunk: Chunk) -> bool:
-    """Whether the extension reads this chunk. Raises UserError where backend='rust' asks for it and it cannot.
+def attend(layer: Any, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor | None:
+    """Attention output [B, H, t, D] of a chunk whose keys and values are in the cache; the terminals in `state` advance in place.
 
-    layer: a `CausalSelfAttention`; with backend='auto' it takes synaptic layers on a CPU, wherever it can.
+    layer: a `CausalSelfAttention`; with backend='auto' it is served if it is synaptic, on a CPU, and the extension can. None,
+    and nothing is changed, where the chunk is for another execution. Raises UserError where backend='rust' cannot serve it.
     """
-    if layer.backend not in ("auto", "rust") or (layer.backend == "auto" and not (hasattr(layer, "synapse") and q.device.type == "cpu")):
-        return False
-    obstacle = _obstacle(layer, q, state, chunk)
-    if obstacle is not None and layer.backend == "rust":
-        raise UserError(f"backend='rust' cannot serve layer {layer.layer}: {obstacle}; use backend='auto'")
-    if obstacle is not None:
+    synapse = getattr(layer, "synapse", None)
+    if layer.backend != "rust" and (layer.backend != "auto" or synapse is None or not q.device.type == "cpu"):
+        return None
+    held = {name: getattr(state, name) for name in HELD}
+    obstacle = _obstacle(layer, q, held, chunk)
+    prepared = _prepare(layer, synapse) if obstacle is None else None
+    if prepared is None or prepared.obstacle is not None:
+        obstacle = obstacle or prepared.obstacle
+        if layer.backend == "rust":
+            raise UserError(f"backend='rust' cannot serve layer {layer.layer}: {obstacle}; use backend='auto'")
         rust.notice()
-    return obstacle is None
+        return None
+    gate = None
+    if state.barrier is not None:
+        gate = F.linear(x, synapse.gate_weight.to(x.dtype)).float() + synapse.gate_bias.float()
+    y, finite = rust.advance(prepared.site, q, held, chunk.starts, chunk.lengths, gate)
+    if not finite and state.beta is not None:
+        raise FloatingPointError(f"layer {layer.layer}: the presynaptic drive is not finite (NaN or infinity in q or k)")
+    return y
 
 
-def _obstacle(layer: Any, q: Tensor, state: LayerState, chunk: Chunk) -> str | None:
+def _obstacle(layer: Any, q: Tensor, held: dict[str, Tensor | None], chunk: Chunk) -> str | None:
     if chunk.doc is not None:
         return "documents are kept apart"
-    if obstacle := rust.obstacle(q, state.k, state.beta):
+    if obstacle := rust.obstacle(q, held["k"]):
         return obstacle
     if unknown := layer.state_fields.difference(HELD):
         return f"the terminals have optional parts ({', '.join(sorted(unknown))})"
-    if not all(value.is_contiguous() for value in state.tensors().values()):
+    if not all(value is None or value.is_contiguous() for value in held.values()):
         return "tensors of the state are not contiguous"
-    if chunk.noise is not None and layer.synapse.params().sampler is not None:
-        return "release is drawn at random"
-    return _prepare(layer).obstacle
+    return "release is drawn at random" if chunk.noise is not None else None
 
 
-def _prepare(layer: Any) -> _Prepared:
+def _prepare(layer: Any, synapse: Any) -> _Prepared:
     """The layer as the extension holds it, made again whenever a parameter has another value."""
-    synapse = getattr(layer, "synapse", None)
     now = torch.empty(0)
     if synapse is not None:
-        now = torch.cat([p.detach().flatten() for name, p in synapse.named_parameters() if name != "gate_weight"])
+        owners = (synapse,) if synapse.genome is None else (synapse, synapse.genome)
+        values = [p.detach().flatten() for owner in owners for name, p in owner._parameters.items() if name != "gate_weight"]
+        now = torch.cat(values)
     found = _PREPARED.get(layer)
     if found is None or not torch.equal(found.made_from, now):
         found = _PREPARED[layer] = _Prepared(now, *_make(layer, synapse))
@@ -85,15 +96,3 @@ def _make(layer: Any, synapse: Any) -> tuple[Any, str | None]:
         strength = strength * synapse._slopes(strength.device)
     return rust.layer(shape | {"soft": cfg.drive == "softplus", "barrier": cfg.barrier}, theta, params, strength), None
 
-
-def attend(layer: Any, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
-    """Attention output [B, H, t, D] of a chunk whose keys and values are in the cache; the terminals in `state` advance in place."""
-    gate = None
-    if state.barrier is not None:
-        synapse = layer.synapse
-        gate = F.linear(x, synapse.gate_weight.to(x.dtype)).float() + synapse.gate_bias.float()
-    held = {name: getattr(state, name) for name in HELD}
-    y, finite = rust.advance(_prepare(layer).site, q, held, chunk.starts, chunk.lengths, gate)
-    if not finite and state.beta is not None:
-        raise FloatingPointError(f"layer {layer.layer}: the presynaptic drive is not finite (NaN or infinity in q or k)")
-    return y

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::layer::{Arrival, Barrier, Cache, Running, Site};
-use crate::math::{exp, fma};
+use crate::math::{exp, fma, peak_of, weigh};
 use crate::parallel::{Shared, for_each};
 use crate::presyn::{self, Collect, Terminal};
 use crate::simd::{Work, fastest};
@@ -15,7 +15,7 @@ use crate::tile::Number;
 
 /// Keys of a split, and of a block whose keys and values stay in the first-level cache for all heads of a group.
 const SPLIT: usize = 256;
-const BLOCK: usize = 64;
+const BLOCK: usize = 256;
 const LANES: usize = 16;
 const TOGETHER: usize = 4;
 
@@ -43,7 +43,17 @@ pub fn step<T: Number>(site: &Site, cache: &Cache<T>, mut running: Running, new:
     };
     for_each(threads, new.starts.len() * site.kv_heads * splits, |item| {
         let (source, split) = (item / splits, item % splits);
-        let piece = Piece { site, cache, q: &q, level: running.level, shared: &shared, source, now: new.starts[source / site.kv_heads], split, splits };
+        let piece = Piece {
+            site,
+            cache,
+            q: &q,
+            level: running.level,
+            shared: &shared,
+            source,
+            now: new.starts[source / site.kv_heads],
+            split,
+            splits,
+        };
         if !piece.work() {
             finite.store(false, Ordering::Relaxed);
         }
@@ -134,21 +144,19 @@ impl<T: Number> Piece<'_, T> {
             let (open, beta) = unsafe { (self.shared.open.part(self.keys(row, &keys)), self.shared.beta.part(self.keys(row, &keys))) };
             let share = 1.0 / site.tick as f32;
             fastest(Collect::<SOFT> { logits: &logits[..old], sum: &mut open[..old], theta: site.theta[head], share });
-            logits.iter_mut().zip(beta.iter()).for_each(|(x, b)| *x += b);
+            fastest(Add { logits, bias: beta });
         }
         match site.barrier {
             Barrier::None => (),
             Barrier::Linear => {
-                for (x, key) in logits.iter_mut().zip(keys.clone()) {
+                for (x, key) in logits.iter_mut().zip(keys) {
                     *x -= site.strength[head] * (now - key) as f32;
                 }
             }
             Barrier::Gated => {
                 let level = &self.level[row * self.cache.length..][..=now];
                 let before = if now > 0 { level[now - 1] } else { 0.0 };
-                for (x, cost) in logits.iter_mut().zip(&level[keys]) {
-                    *x += site.strength[head] * (cost - before) as f32;
-                }
+                fastest(Level { logits, level: &level[keys], before, strength: site.strength[head] });
             }
         }
         let width = dim + 2;
@@ -187,37 +195,89 @@ impl<T: Number> Work for Dots<'_, T> {
         let mut rows = self.k.chunks_exact(dim * TOGETHER);
         let mut places = self.logits.chunks_exact_mut(TOGETHER);
         for (four, place) in (&mut rows).zip(&mut places) {
-            let keys: [&[T]; TOGETHER] = std::array::from_fn(|m| &four[m * dim..(m + 1) * dim]);
-            place.copy_from_slice(&dots::<T, F, TOGETHER>(self.q, keys));
+            place.copy_from_slice(&dots::<T, F>(self.q, apart(four, dim)));
         }
         for (row, place) in rows.remainder().chunks_exact(dim).zip(places.into_remainder()) {
-            [*place] = dots::<T, F, 1>(self.q, [row]);
+            *place = dots::<T, F>(self.q, [row; TOGETHER])[0];
         }
     }
 }
 
 #[inline(always)]
-fn dots<T: Number, const F: bool, const N: usize>(q: &[f32], keys: [&[T]; N]) -> [f32; N] {
-    let mut sums = [[0.0f32; LANES]; N];
-    let whole = q.len() / LANES * LANES;
-    for at in (0..whole).step_by(LANES) {
-        let x: &[f32; LANES] = q[at..at + LANES].try_into().expect("whole lanes");
-        for (sum, key) in sums.iter_mut().zip(keys) {
-            let k: &[T; LANES] = key[at..at + LANES].try_into().expect("whole lanes");
-            for l in 0..LANES {
-                sum[l] = fma::<F>(x[l], k[l].widen(), sum[l]);
-            }
+fn dots<T: Number, const F: bool>(q: &[f32], [a, b, c, d]: [&[T]; TOGETHER]) -> [f32; TOGETHER] {
+    let chunks = |row| <[T]>::chunks_exact(row, LANES);
+    let (mut sa, mut sb, mut sc, mut sd) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for ((((x, a), b), c), d) in q.chunks_exact(LANES).zip(chunks(a)).zip(chunks(b)).zip(chunks(c)).zip(chunks(d)) {
+        for l in 0..LANES {
+            sa[l] = fma::<F>(x[l], a[l].widen(), sa[l]);
+            sb[l] = fma::<F>(x[l], b[l].widen(), sb[l]);
+            sc[l] = fma::<F>(x[l], c[l].widen(), sc[l]);
+            sd[l] = fma::<F>(x[l], d[l].widen(), sd[l]);
         }
     }
-    std::array::from_fn(|m| {
-        let mut sum = sums[m];
-        for half in [8, 4, 2, 1] {
-            for l in 0..half {
-                sum[l] += sum[l + half];
-            }
+    let mut totals = [total(&sa), total(&sb), total(&sc), total(&sd)];
+    for i in q.len() / LANES * LANES..q.len() {
+        for (sum, row) in totals.iter_mut().zip([a, b, c, d]) {
+            *sum = fma::<F>(q[i], row[i].widen(), *sum);
         }
-        q[whole..].iter().zip(&keys[m][whole..]).fold(sum[0], |s, (x, k)| fma::<F>(*x, k.widen(), s))
-    })
+    }
+    totals
+}
+
+/// Four rows of `dim` values.
+#[inline(always)]
+fn apart<T>(rows: &[T], dim: usize) -> [&[T]; TOGETHER] {
+    let (a, rest) = rows.split_at(dim);
+    let (b, rest) = rest.split_at(dim);
+    let (c, d) = rest.split_at(dim);
+    [a, b, c, d]
+}
+
+/// Sum of lanes, halves first.
+#[inline(always)]
+fn total(lanes: &[f32; LANES]) -> f32 {
+    let (mut eight, mut four) = ([0.0f32; 8], [0.0f32; 4]);
+    for l in 0..8 {
+        eight[l] = lanes[l] + lanes[l + 8];
+    }
+    for l in 0..4 {
+        four[l] = eight[l] + eight[l + 4];
+    }
+    (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// logits += bias.
+struct Add<'a> {
+    logits: &'a mut [f32],
+    bias: &'a [f32],
+}
+
+impl Work for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const F: bool>(self) {
+        self.logits.iter_mut().zip(self.bias).for_each(|(x, b)| *x += b);
+    }
+}
+
+/// logits += strength (level - before): the gated barrier.
+struct Level<'a> {
+    logits: &'a mut [f32],
+    level: &'a [f64],
+    before: f64,
+    strength: f32,
+}
+
+impl Work for Level<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const F: bool>(self) {
+        for (x, level) in self.logits.iter_mut().zip(self.level) {
+            *x = fma::<F>(self.strength, (level - self.before) as f32, *x);
+        }
+    }
 }
 
 /// Adds the values of a block to the sums (peak, total, weighted values) of its split.
@@ -233,34 +293,25 @@ impl<T: Number> Work for Mix<'_, T> {
     #[inline(always)]
     fn run<const F: bool>(self) -> bool {
         let (head, y) = self.sums.split_at_mut(2);
-        let largest = self.logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let largest = peak_of(self.logits);
         let peak = if head[1] == 0.0 { largest } else { largest.max(head[0]) };
         let shrink = exp::<F>(head[0] - peak);
-        for x in self.logits.iter_mut() {
-            *x = exp::<F>(*x - peak);
-        }
         head[0] = peak;
-        head[1] = self.logits.iter().fold(head[1] * shrink, |sum, x| sum + x);
+        head[1] = head[1] * shrink + weigh::<F>(self.logits, peak);
         y.iter_mut().for_each(|y| *y *= shrink);
-        let mut rows = self.v.chunks_exact(y.len() * TOGETHER);
+        let dim = y.len();
+        let mut rows = self.v.chunks_exact(dim * TOGETHER);
         let mut weights = self.logits.chunks_exact(TOGETHER);
         for (four, w) in (&mut rows).zip(&mut weights) {
-            let v: [&[T]; TOGETHER] = std::array::from_fn(|m| &four[m * y.len()..(m + 1) * y.len()]);
-            add::<T, F, TOGETHER>(y, v, w.try_into().expect("as many weights as rows"));
+            let [a, b, c, d] = apart(four, dim);
+            for ((((y, a), b), c), d) in y.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                let sum = fma::<F>(w[1], b.widen(), fma::<F>(w[0], a.widen(), *y));
+                *y = fma::<F>(w[3], d.widen(), fma::<F>(w[2], c.widen(), sum));
+            }
         }
-        for (v, &w) in rows.remainder().chunks_exact(y.len()).zip(weights.remainder()) {
-            add::<T, F, 1>(y, [v], [w]);
+        for (v, &w) in rows.remainder().chunks_exact(dim).zip(weights.remainder()) {
+            y.iter_mut().zip(v).for_each(|(y, x)| *y = fma::<F>(w, x.widen(), *y));
         }
         head[1].is_finite()
-    }
-}
-
-#[inline(always)]
-fn add<T: Number, const F: bool, const N: usize>(y: &mut [f32], v: [&[T]; N], w: [f32; N]) {
-    let v = v.map(|row| &row[..y.len()]);
-    for (d, y) in y.iter_mut().enumerate() {
-        for m in 0..N {
-            *y = fma::<F>(w[m], v[m][d].widen(), *y);
-        }
     }
 }

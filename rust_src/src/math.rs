@@ -45,7 +45,8 @@ pub fn ln<const F: bool>(x: f32) -> f32 {
     let mut y = p * square * m;
     y = fma::<F>(e, -2.121_944_4e-4, y);
     y = fma::<F>(-0.5, square, y);
-    fma::<F>(e, 0.693_359_4, m + y) + (x - x)
+    let trouble = x * 0.0; // 0, or NaN for NaN and infinity
+    fma::<F>(e, 0.693_359_4, m + y) + trouble
 }
 
 /// 1 / (1 + e^-x).
@@ -80,15 +81,52 @@ pub fn phi(x: f32) -> f32 {
     ramp * ramp / 4.0 + (x - 1.0).max(0.0)
 }
 
+const LANES: usize = 16;
+
+/// The largest number, ignoring NaN; minus infinity where there is none.
+#[inline(always)]
+pub fn peak_of(numbers: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut peaks = [f32::NEG_INFINITY; LANES];
+    let chunks = numbers.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for l in 0..LANES {
+            peaks[l] = larger(peaks[l], chunk[l]);
+        }
+    }
+    peaks.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
+}
+
+/// Replace every x by e^(x - peak); returns their sum.
+#[inline(always)]
+pub fn weigh<const F: bool>(numbers: &mut [f32], peak: f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let mut chunks = numbers.chunks_exact_mut(LANES);
+    for chunk in &mut chunks {
+        for l in 0..LANES {
+            chunk[l] = exp::<F>(chunk[l] - peak);
+            sums[l] += chunk[l];
+        }
+    }
+    let mut sum = 0.0;
+    for s in sums {
+        sum += s;
+    }
+    for x in chunks.into_remainder() {
+        *x = exp::<F>(*x - peak);
+        sum += *x;
+    }
+    sum
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn worst(from: f64, to: f64, error: impl Fn(f32) -> f64) -> f64 {
         let steps = 200_000;
-        (0..=steps)
-            .map(|i| error((from + (to - from) * f64::from(i) / f64::from(steps)) as f32))
-            .fold(0.0, f64::max)
+        (0..=steps).map(|i| error((from + (to - from) * f64::from(i) / f64::from(steps)) as f32)).fold(0.0, f64::max)
     }
 
     fn keeps_its_errors<const F: bool>() {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::layer::{Arrival, Barrier, Cache, Running, Site};
-use crate::math::exp;
+use crate::math::{peak_of, weigh};
 use crate::parallel::{Shared, for_each};
 use crate::presyn::{self, Collect};
 use crate::simd::{Work, fastest};
@@ -151,29 +151,8 @@ impl Work for Weigh<'_> {
         if let Some(bias) = self.bias {
             self.logits.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
         }
-        let mut peaks = [f32::NEG_INFINITY; LANES];
-        let chunks = self.logits.chunks_exact(LANES);
-        let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        for chunk in chunks {
-            for (peak, x) in peaks.iter_mut().zip(chunk) {
-                *peak = if *x > *peak { *x } else { *peak };
-            }
-        }
-        let peak = peaks.iter().copied().fold(rest, f32::max);
-        let mut sums = [0.0f32; LANES];
-        let mut chunks = self.logits.chunks_exact_mut(LANES);
-        for chunk in &mut chunks {
-            for (sum, x) in sums.iter_mut().zip(chunk) {
-                *x = exp::<F>(*x - peak);
-                *sum += *x;
-            }
-        }
-        let mut sum = sums.iter().sum();
-        for x in chunks.into_remainder() {
-            *x = exp::<F>(*x - peak);
-            sum += *x;
-        }
-        sum
+        let peak = peak_of(self.logits);
+        weigh::<F>(self.logits, peak)
     }
 }
 

@@ -141,12 +141,20 @@ pub struct States<'a> {
     pub open_drive: &'a mut [f32],
 }
 
+/// What `run` passes through: keys K, `[B]` how many of the ticks end, and whether key j is at rest before tick j / c, as in a
+/// pass from position 0.
+pub struct Course<'a> {
+    pub keys: usize,
+    pub closed: &'a [usize],
+    pub young: bool,
+}
+
 /// Run all terminals over N ticks.
 ///
-/// drive: `[B, H, N, K]`, to which the first tick adds `open_drive`; closed: `[B]` how many of the ticks end; young: key j is at
-/// rest before tick j / c, as in a pass from position 0. Fills beta `[B, H, N, K]` and leaves in `states` the start of the open tick.
-/// Panics when sizes do not fit.
-pub fn run(terminals: &[Terminal], drive: &[f32], beta: &mut [f32], states: States, keys: usize, closed: &[usize], young: bool, threads: usize) {
+/// drive: `[B, H, N, K]`, to which the first tick adds `open_drive`. Fills beta `[B, H, N, K]` and leaves in `states` the start
+/// of the open tick. Panics when sizes do not fit.
+pub fn run(terminals: &[Terminal], drive: &[f32], beta: &mut [f32], states: States, course: &Course, threads: usize) {
+    let Course { keys, closed, young } = *course;
     let (heads, rows) = (terminals.len(), terminals.len() * closed.len());
     assert!(drive.len() == beta.len() && [&states.calcium, &states.vesicles, &states.open_drive].iter().all(|s| s.len() == rows * keys));
     if rows * keys == 0 {

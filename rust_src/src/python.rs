@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use crate::layer::{Arrival, Barrier, Cache, Running, Site};
 use crate::prefill::Pairs;
-use crate::presyn::{self, Kinetics, States, Terminal};
+use crate::presyn::{self, Course, Kinetics, States, Terminal};
 use crate::{decode, math, prefill};
 
 type Read<'py, T> = PyReadonlyArrayDyn<'py, T>;
@@ -220,7 +220,7 @@ fn run_terminals(
     let (drive, beta) = (drive.as_slice()?, beta.as_slice_mut()?);
     let states = States { calcium: calcium.as_slice_mut()?, vesicles: vesicles.as_slice_mut()?, open_drive: open_drive.as_slice_mut()? };
     guarded(py, || {
-        presyn::run(&terminals.all, drive, beta, states, keys, &closed, young, threads);
+        presyn::run(&terminals.all, drive, beta, states, &Course { keys, closed: &closed, young }, threads);
         Ok(())
     })
 }
@@ -265,7 +265,14 @@ fn tick_drive(py: Python<'_>, sides: Sides<'_>, theta: Vec<f32>, soft: bool, mut
 
 /// Attention with a bias per tick, beta `[B, H, N, K]` or None, to y `[B, H, t, D]`.
 #[pyfunction]
-fn attend(py: Python<'_>, sides: Sides<'_>, v: Numbers<'_>, beta: Option<Read<'_, f32>>, mut y: Write<'_, f32>, threads: usize) -> PyResult<()> {
+fn attend(
+    py: Python<'_>,
+    sides: Sides<'_>,
+    v: Numbers<'_>,
+    beta: Option<Read<'_, f32>>,
+    mut y: Write<'_, f32>,
+    threads: usize,
+) -> PyResult<()> {
     let beta = beta.as_ref().map(|beta| beta.as_slice()).transpose()?;
     let y = y.as_slice_mut()?;
     match (&sides.k, &v) {

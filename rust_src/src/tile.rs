@@ -112,7 +112,16 @@ mod tests {
         pack_columns(&k, dim, &mut packed);
         let mut c = vec![f32::NAN; rows * 32];
         fastest(Product {
-            a: &q, a_stride: dim, b: &packed, b_stride: LANES, b_tile: dim * LANES, c: &mut c, c_stride: 32, rows, depth: dim, tiles: 2,
+            a: &q,
+            a_stride: dim,
+            b: &packed,
+            b_stride: LANES,
+            b_tile: dim * LANES,
+            c: &mut c,
+            c_stride: 32,
+            rows,
+            depth: dim,
+            tiles: 2,
         });
         for (i, row) in c.chunks_exact(32).enumerate() {
             for (j, &got) in row.iter().enumerate() {
