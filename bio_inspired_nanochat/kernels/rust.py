@@ -232,9 +232,7 @@ def tick_biased_attention(
 # --- a layer of running sequences ----------------------------------------------------------------------------------------------------
 
 
-def layer(
-    shape: dict[str, Any], theta: Tensor | None = None, params: PresynParams | None = None, strength: Tensor | None = None
-) -> Any:
+def layer(shape: dict[str, Any], theta: Tensor | None = None, params: PresynParams | None = None, strength: Tensor | None = None) -> Any:
     """What does not change from token to token of one layer, for `advance`.
 
     shape: heads, kv_heads, dim, tick, scale, window (or None), soft (drive by softplus) and barrier (none, linear or gated).
@@ -244,7 +242,9 @@ def layer(
     return _call("Layer", shape, *given, None if params is None else terminals(params))
 
 
-def advance(site: Any, q: Tensor, held: dict[str, Tensor | None], starts: list[int], counts: list[int], gate: Tensor | None) -> tuple[Tensor, bool]:
+def advance(
+    site: Any, q: Tensor, held: dict[str, Tensor | None], starts: list[int], counts: list[int], gate: Tensor | None
+) -> tuple[Tensor, bool]:
     """Attention of new tokens whose keys and values are in the caches: drive, bias, softmax, and the ends of ticks in one pass.
 
     site: a `layer`. q [B, H, t, D]; held: k, v [B, Hkv, L, D] float32 or bfloat16, the terminals' calcium, vesicles, open_drive

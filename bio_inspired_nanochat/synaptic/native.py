@@ -95,4 +95,3 @@ def _make(layer: Any, synapse: Any) -> tuple[Any, str | None]:
     if cfg.barrier == "linear":
         strength = strength * synapse._slopes(strength.device)
     return rust.layer(shape | {"soft": cfg.drive == "softplus", "barrier": cfg.barrier}, theta, params, strength), None
-

@@ -209,3 +209,101 @@ impl<const SOFT: bool> Work for Collect<'_, SOFT> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers in [0, 1) from a linear congruence (Knuth's MMIX).
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> f32 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.0 >> 40) as f32 / (1u64 << 24) as f32
+        }
+
+        /// Between two positive numbers, evenly in their logarithm.
+        fn between(&mut self, low: f32, high: f32) -> f32 {
+            low * (high / low).powf(self.next())
+        }
+
+        fn terminal(&mut self) -> Terminal {
+            let kinetics = Kinetics {
+                tau_c: self.between(1.0, 4096.0),
+                tau_rrp: self.between(1.0, 4096.0),
+                alpha_ca: self.between(0.001, 2.0),
+                k_fast: self.between(0.02, 20.0),
+                k_slow: self.between(0.02, 20.0),
+                syt_mix: self.next(),
+                syt_gain: self.between(0.05, 12.0),
+                release_bias: 9.0 * self.next() - 6.0,
+                release_rate: self.between(0.0005, 1.0),
+                gain_release: 8.0 * self.next() - 4.0,
+                gain_depletion: 8.0 * self.next() - 4.0,
+            };
+            let tick = [1, 4, 8, 16, 64, 1024][(self.next() * 6.0) as usize];
+            Terminal::new(kinetics, tick, 8.0 * self.next().round(), self.between(1e-6, 0.1))
+        }
+
+        /// A drive that an attacker or an accident may make.
+        fn drive(&mut self) -> f32 {
+            match (self.next() * 5.0) as usize {
+                0 => 0.0,
+                1 => 1e4,
+                2 => self.between(1e-20, 1e8),
+                _ => 3.0 * self.next(),
+            }
+        }
+    }
+
+    #[test]
+    fn random_streams_keep_the_invariants() {
+        let mut random = Random(1);
+        for _ in 0..300 {
+            let terminal = random.terminal();
+            let keys = 1 + (random.next() * 40.0) as usize;
+            let (mut calcium, mut vesicles, mut beta) = (vec![0.0; keys], vec![1.0; keys], vec![f32::NAN; keys]);
+            for _ in 0..60 {
+                let drive: Vec<f32> = (0..keys).map(|_| random.drive()).collect();
+                tick(&terminal, &mut calcium, &mut vesicles, Some(&drive), Some(&mut beta));
+                assert!(calcium.iter().all(|c| c.is_finite() && *c >= 0.0), "calcium of {terminal:?}");
+                assert!(vesicles.iter().all(|r| (0.0..=1.0).contains(r)), "pools of {terminal:?}: {vesicles:?}");
+                let limit = if terminal.beta_max > 0.0 { terminal.beta_max } else { f32::MAX };
+                assert!(beta.iter().all(|b| b.abs() <= limit), "bias of {terminal:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_rested_terminal_has_no_bias_and_stays_at_rest() {
+        let mut random = Random(2);
+        for _ in 0..100 {
+            let terminal = random.terminal();
+            let (mut calcium, mut vesicles, mut beta) = (vec![0.0; 19], vec![1.0; 19], vec![f32::NAN; 19]);
+            tick(&terminal, &mut calcium, &mut vesicles, Some(&[0.0; 19]), Some(&mut beta));
+            assert_eq!((calcium, vesicles, beta), (vec![0.0; 19], vec![1.0; 19], vec![0.0; 19]));
+        }
+    }
+
+    #[test]
+    fn any_cut_of_the_ticks_leads_to_the_same_state() {
+        let mut random = Random(3);
+        let (terminals, keys, ticks) = ([random.terminal(), random.terminal()], 21, 6);
+        let drive: Vec<f32> = (0..2 * ticks * keys).map(|_| random.drive()).collect();
+        let size = 2 * keys;
+        let go = |threads: usize, pieces: &[usize]| {
+            let (mut calcium, mut vesicles, mut open_drive) = (vec![0.0; size], vec![1.0; size], vec![0.0; size]);
+            let mut first = 0;
+            for &n in pieces {
+                let part: Vec<f32> =
+                    drive.chunks_exact(ticks * keys).flat_map(|head| &head[first * keys..(first + n) * keys]).copied().collect();
+                let states = States { calcium: &mut calcium, vesicles: &mut vesicles, open_drive: &mut open_drive };
+                run(&terminals, &part, &mut vec![0.0; part.len()], states, &Course { keys, closed: &[n], young: false }, threads);
+                first += n;
+            }
+            (calcium, vesicles)
+        };
+        assert_eq!(go(1, &[6]), go(2, &[1, 2, 3]));
+    }
+}
