@@ -56,6 +56,10 @@ TINY: dict[str, dict[str, object]] = {
         "seconds": 0,
     },
     "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
+    "scripts.bench_cpu": {
+        **{"depth": 1, "n_embd": 32, "head_dim": 16, "vocab_size": 300, "context": "8,16", "threads": "1"},
+        **{"compiled": 0, "seconds": 0},
+    },
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},

@@ -58,19 +58,18 @@ class BenchCpuConfig:
 
 
 class Decoder:
-    """One model that continues one prompt, tick by tick; the time that its attention layers take is kept apart."""
+    """One model that continues one prompt by `tick` tokens; the time that its attention layers take is kept apart."""
 
-    def __init__(self, model: GPT, prompt: Tensor, spare: int, attend: Callable | None = None) -> None:
-        self.model, self.prompt, self.spare = model, prompt, spare
-        self.tick = model.config.syn_cfg.tick
-        self.state: SynapseState = model.init_state(1, prompt.shape[1] + spare)
+    def __init__(self, model: GPT, prompt: Tensor, tick: int, attend: Callable | None = None) -> None:
+        self.model, self.prompt, self.tick = model, prompt, tick
+        self.state: SynapseState = model.init_state(1, prompt.shape[1] + tick)
         self.attention: list[float] = []
         self._attend = attend
         self._clock = 0.0
 
     def read(self, _: Mark = lambda: None) -> None:
         """Read the prompt into an empty state."""
-        self.state = self.model.init_state(1, self.prompt.shape[1] + self.spare)
+        self.state = self.model.init_state(1, self.prompt.shape[1] + self.tick)
         self.model.step(self.prompt, self.state)
 
     def prepare(self) -> None:
@@ -122,15 +121,10 @@ def _compiled_attention() -> Callable:
     return lambda q, k, v, stop, layer: fast(q, k[:, :, :stop], v[:, :, :stop], layer.scale)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a plain sum over a buffer larger than any cache, the best of a few, with the current threads."""
+def _reading() -> Competitor:
+    """A plain sum over a buffer larger than any cache: how fast this machine reads memory with the current threads."""
     buffer = torch.ones(_READ_BYTES // 4)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        buffer.sum()
-        best = min(best, time.perf_counter() - began)
-    return _READ_BYTES / best
+    return Competitor(lambda _: buffer.sum())
 
 
 @dataclass
@@ -140,7 +134,7 @@ class Measured:
     threads: int
     context: int
     bytes_read: int
-    bandwidth: float = 0.0
+    reading: list[float | None] = field(default_factory=list)
     step: dict[str, Course] = field(default_factory=dict)
     attention: dict[str, list[float]] = field(default_factory=dict)
     prompt: dict[str, float] = field(default_factory=dict)
@@ -154,6 +148,11 @@ class Measured:
     def attention_ratio(self, above: str, below: str) -> Spread | None:
         """Of the attention of all layers."""
         return paired_ratio(self.attention[above], self.attention[below]) if self.attention else None
+
+    def fraction(self, name: str) -> Spread | None:
+        """Speed at which the attention of a competitor reads keys and values, over that of a plain read in the same round."""
+        wanted = [None if seconds is None else seconds * self.bytes_read / _READ_BYTES for seconds in self.reading]
+        return paired_ratio(wanted, self.attention[name])
 
     def fastest_vanilla(self) -> str:
         """The vanilla competitor with the quickest step."""
@@ -170,8 +169,12 @@ class Measured:
             seconds, attention = course.spread().median / self.tick, statistics.median(self.attention[name])
             row = size | {"model": name, "prompt_tok_per_s": short(self.context / self.prompt[name]) if name in self.prompt else None}
             row |= {"step_ms": short(seconds * 1e3), "tok_per_s": short(1 / seconds), "attention_ms": short(attention * 1e3)}
-            speed = self.bytes_read / attention
-            rows.append(row | {"gb_per_s": short(speed / 1e9), "bandwidth_fraction": short(speed / self.bandwidth)})
+            fraction = self.fraction(name)
+            row |= {
+                "gb_per_s": short(self.bytes_read / attention / 1e9),
+                "bandwidth_fraction": None if fraction is None else short(fraction.median),
+            }
+            rows.append(row)
         return rows
 
 
@@ -254,12 +257,11 @@ def _measure(
                 raise
             say(f"skipped: {name}: {reason(error)}")
             del competitors[name]
-    for decoder in decoders.values():
-        decoder.attention.clear()
-    size.bandwidth = read_bandwidth()
+    competitors["read"] = _reading()
+    warm_up(competitors["read"], CPU, runs=2)
     size.step = interleave(competitors, CPU, seconds / 2)
-    size.bandwidth = max(size.bandwidth, read_bandwidth())
-    size.attention = {name: decoders[name].attention for name in competitors}
+    size.reading = size.step.pop("read").total()
+    size.attention = {name: decoders[name].attention[-len(course.rounds) :] for name, course in size.step.items()}
     return size
 
 
@@ -297,8 +299,10 @@ def _headline(size: Measured) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, ratio in ratios.items():
         record |= {name: None if ratio is None else short(ratio.median), f"{name}_quartiles": quartiles(ratio)}
-    row = next(row for row in size.records() if row["model"] == "synaptic rust")
-    record |= {"bandwidth_fraction": row["bandwidth_fraction"], "read_gb_per_s": short(size.bandwidth / 1e9), "vanilla": vanilla}
+    fraction = size.fraction("synaptic rust")
+    record |= {"bandwidth_fraction": fraction and short(fraction.median), "bandwidth_fraction_quartiles": quartiles(fraction)}
+    read = Spread.of(_READ_BYTES / seconds / 1e9 for seconds in size.reading if seconds)
+    record |= {"read_gb_per_s": short(read.median), "read_gb_per_s_quartiles": quartiles(read), "vanilla": vanilla}
     return record | {"of": {"context": size.context, "threads": size.threads}}
 
 

@@ -37,7 +37,7 @@ def attend(layer: Any, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) ->
     and nothing is changed, where the chunk is for another execution. Raises UserError where backend='rust' cannot serve it.
     """
     synapse = getattr(layer, "synapse", None)
-    if layer.backend != "rust" and (layer.backend != "auto" or synapse is None or not q.device.type == "cpu"):
+    if layer.backend != "rust" and (layer.backend != "auto" or synapse is None or q.device.type != "cpu"):
         return None
     held = {name: getattr(state, name) for name in HELD}
     obstacle = _obstacle(layer, q, held, chunk)
