@@ -182,7 +182,10 @@ def bench_cpu(config: BenchCpuConfig) -> dict[str, Any]:
     """Measure every context and number of threads, print the table; returns the script's last line. UserError for what cannot be."""
     check_record_path(config.json)
     if not rust.available():
-        raise UserError(f"there is no Rust extension to measure: {rust.why_not()}")
+        say(f"nothing to compare: {rust.why_not()}")
+        record = {"decode_speedup": None, "step_speedup": None, "skipped": rust.why_not()}
+        keep_record(config.json, record)
+        return record
     dtype = dtype_of(config.dtype, CPU)
     models = _models(config, dtype)
     attend = _compiled_attention() if config.compiled else None
