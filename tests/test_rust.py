@@ -104,6 +104,16 @@ except UserError as error:
     assert "not available" in str(error)
 else:
     raise AssertionError("a missing extension answered")
+from bio_inspired_nanochat.gpt import GPT, GPTConfig
+sizes = dict(sequence_len=8, vocab_size=9, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, synapses=True)
+for backend in ("auto", "rust"):
+    model = GPT(GPTConfig(backend=backend, **sizes))
+    try:
+        model.step(torch.zeros(1, 3, dtype=torch.long), model.init_state(1, 8))
+    except UserError as error:
+        assert backend == "rust" and "env.sh" in str(error)
+    else:
+        assert backend == "auto"
 """
     child = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr

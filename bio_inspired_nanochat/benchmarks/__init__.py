@@ -1,7 +1,17 @@
-"""Speed and memory of the operators, of a training step and of decoding, vanilla against synaptic."""
+"""Speed and memory of the operators, of a training step, of decoding and of a CPU, vanilla against synaptic."""
 
+from bio_inspired_nanochat.benchmarks.cpu import BenchCpuConfig, bench_cpu
 from bio_inspired_nanochat.benchmarks.decoding import BenchDecodeConfig, bench_decode
 from bio_inspired_nanochat.benchmarks.kernels import BenchKernelsConfig, bench_kernels
 from bio_inspired_nanochat.benchmarks.train import BenchTrainConfig, bench_train
 
-__all__ = ["BenchDecodeConfig", "BenchKernelsConfig", "BenchTrainConfig", "bench_decode", "bench_kernels", "bench_train"]
+__all__ = [
+    "BenchCpuConfig",
+    "BenchDecodeConfig",
+    "BenchKernelsConfig",
+    "BenchTrainConfig",
+    "bench_cpu",
+    "bench_decode",
+    "bench_kernels",
+    "bench_train",
+]

@@ -29,7 +29,7 @@ class GPTConfig:
     backend: str = knob(
         "auto",
         "execution of the attention operators: auto picks by device: on CUDA fused, a whole layer in one operator, where it can",
-        choices=("auto", "reference", "sdpa", "triton", "fused"),
+        choices=("auto", "reference", "sdpa", "triton", "fused", "rust"),
     )
     init: str = knob(
         "standard",

@@ -7,7 +7,7 @@
 and `fused_attention`, all three in one for whole sequences.
 
 Backends: `reference` is the definition, `sdpa` the portable fast execution, `triton` the kernels for CUDA (with
-TRITON_INTERPRET=1 also for the CPU); `auto` takes the fastest that can serve the call. An explicit backend that cannot serve
+TRITON_INTERPRET=1 also for the CPU), `rust` the CPU kernels without gradients; `auto` takes the fastest that can serve the call. An explicit backend that cannot serve
 a call is a UserError, never a silent replacement.
 
 Dimensions: B batch, H query heads, Hkv key heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
@@ -15,18 +15,20 @@ Dimensions: B batch, H query heads, Hkv key heads, T tokens (Tq queries, Tk keys
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.kernels import portable, reference, scan
+from bio_inspired_nanochat.kernels import portable, reference, rust, scan
 from bio_inspired_nanochat.kernels.masks import QStart, num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise, ReleaseSampler
 from bio_inspired_nanochat.kernels.reference import phi, presyn_bias, presyn_step, released
 from bio_inspired_nanochat.kernels.scan import running_sum
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
-BACKENDS = ("auto", "reference", "sdpa", "triton")
+BACKENDS = ("auto", "reference", "sdpa", "triton", "rust")
 
 __all__ = [
     "BACKENDS",
@@ -51,14 +53,14 @@ __all__ = [
 ]
 
 
-def _choose(operator: str, backend: str, obstacles: dict[str, str | None]) -> str:
-    """Resolve `backend` for one call; `obstacles` says, fastest backend first, why it cannot serve the call (None: it can)."""
+def _choose(operator: str, backend: str, obstacles: dict[str, Callable[[], str | None]]) -> str:
+    """Resolve `backend` for one call; `obstacles` says, preferred backend first, why it cannot serve the call (None: it can)."""
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is not valid for {operator}: one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return next((name for name, obstacle in obstacles.items() if obstacle is None), "reference")
-    if obstacles.get(backend):
-        raise UserError(f"backend={backend!r} cannot serve this {operator} call: {obstacles[backend]}; use backend='reference' or 'auto'")
+        return next((name for name, obstacle in obstacles.items() if obstacle() is None), "reference")
+    if backend in obstacles and (reason := obstacles[backend]()):
+        raise UserError(f"backend={backend!r} cannot serve this {operator} call: {reason}; use backend='reference' or 'auto'")
     return backend
 
 
@@ -114,7 +116,14 @@ def tick_drive(
     ragged = "rows start at different positions" if not isinstance(q_start, int) or q_len is not None else None
     if backend == "auto" and q.shape[2] == 1 and not ragged:
         backend = "sdpa"  # a single query leaves most of a tile idle
-    chosen = _choose("tick_drive", backend, {"triton": ragged or triton_obstacle(q, tick, theta), "sdpa": ragged})
+    obstacles = {
+        "triton": lambda: ragged or triton_obstacle(q, tick, theta),
+        "sdpa": lambda: ragged,
+        "rust": lambda: rust.drive_obstacle(q, k, theta, doc),
+    }
+    chosen = _choose("tick_drive", backend, obstacles)
+    if chosen == "rust":
+        return rust.tick_drive(q, k, theta, tick, scale, q_start=q_start, window=window, q_len=q_len, kind=kind)
     if chosen == "triton":
         from bio_inspired_nanochat.kernels import drive_triton
 
@@ -153,8 +162,14 @@ def presyn(
         is left open, with the drive collected in it. Differentiable in drive, params and state.
     """
     ragged = "rows close different numbers of ticks" if isinstance(closed, Tensor) else None
-    kernel = ragged or _off_triton(drive) or portable.presyn_obstacle(params, noise, drive)
-    chosen = _choose("presyn", backend, {"triton": kernel, "sdpa": ragged})
+    obstacles = {
+        "triton": lambda: ragged or _off_triton(drive) or portable.presyn_obstacle(params, noise, drive),
+        "sdpa": lambda: ragged,
+        "rust": lambda: rust.presyn_obstacle(drive, params, state, noise, record),
+    }
+    chosen = _choose("presyn", backend, obstacles)
+    if chosen == "rust":
+        return rust.presyn(drive, params, state, closed, causal=causal)
     if chosen == "reference":
         return reference.presyn(drive, params, state, closed, doc=doc, noise=noise, record=record)
     # which runs the kernel wherever it can
@@ -184,8 +199,14 @@ def tick_biased_attention(
     if (beta is None and backend == "triton") or (q.shape[2] == 1 and backend == "auto"):
         backend = "sdpa"  # plain attention is PyTorch's own flash kernel there; a single query leaves most of a tile idle
     obstacle = "plain attention" if beta is None else None if isinstance(q_start, int) else "rows start at different positions"
-    obstacle = obstacle or triton_obstacle(q, tick, beta)
-    chosen = _choose("tick_biased_attention", backend, {"triton": obstacle, "sdpa": None})
+    obstacles = {
+        "triton": lambda: obstacle or triton_obstacle(q, tick, beta),
+        "sdpa": lambda: None,
+        "rust": lambda: rust.attention_obstacle(q, k, v, beta, doc),
+    }
+    chosen = _choose("tick_biased_attention", backend, obstacles)
+    if chosen == "rust":
+        return rust.tick_biased_attention(q, k, v, beta, tick, scale, q_start=q_start, window=window)
     if chosen == "triton":
         from bio_inspired_nanochat.kernels import attention_triton
 

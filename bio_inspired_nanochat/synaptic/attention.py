@@ -30,6 +30,7 @@ from bio_inspired_nanochat.kernels import (
     tick_biased_attention,
     tick_drive,
 )
+from bio_inspired_nanochat.synaptic import native
 from bio_inspired_nanochat.synaptic.layers import QK_SCALE, CausalSelfAttention
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
@@ -102,6 +103,8 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache; the terminals in `state` advance in place."""
+        if (y := native.attend(self, x, q, state, chunk)) is not None:
+            return y
         stop = chunk.stop
         k, v = state.k[:, :, :stop], state.v[:, :, :stop]
         if chunk.uniform and chunk.start == 0 and self._opens(q, chunk):

@@ -6,7 +6,7 @@ import torch
 
 from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig
-from bio_inspired_nanochat.kernels import ReleaseNoise
+from bio_inspired_nanochat.kernels import ReleaseNoise, rust
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 
 
@@ -19,7 +19,7 @@ def describe_execution(config: GPTConfig, device: torch.device, dtype: torch.dty
     q = torch.zeros(1, 1, 2, config.head_dim, device=device, dtype=dtype)
     obstacle = kernels.triton_obstacle(q, config.syn_cfg.tick)
     if obstacle is not None:
-        return f"attention: sdpa, PyTorch's own fast parts (backend=auto; not triton: {obstacle})"
+        return f"attention: sdpa, PyTorch's own fast parts (backend=auto; not triton: {obstacle}){_running(config, q)}"
     obstacle = "it has no presynaptic terminals"
     if config.syn_cfg.presyn:
         params = Presynaptic(config).params()  # of which only the parts that exist count here
@@ -28,3 +28,13 @@ def describe_execution(config: GPTConfig, device: torch.device, dtype: torch.dty
     if obstacle is None:
         return "attention: fused, one operator per layer, which keeps at most the drive for its backward (backend=auto)"
     return f"attention: triton, one operator each for drive, terminals and attention (backend=auto; not fused: {obstacle})"
+
+
+def _running(config: GPTConfig, q: torch.Tensor) -> str:
+    """How running sequences are read where that differs: by the Rust extension on a CPU, or why not."""
+    if q.device.type != "cpu":
+        return ""
+    obstacle = "documents are kept apart" if config.doc_mask else rust.obstacle(q)
+    if obstacle is None and config.syn_cfg.presyn:
+        obstacle = rust.terminal_obstacle(Presynaptic(config).params(), random=False)
+    return "; decoding: rust" if obstacle is None else f"; decoding: sdpa (not rust: {obstacle})"

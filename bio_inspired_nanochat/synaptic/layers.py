@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import tick_biased_attention
+from bio_inspired_nanochat.synaptic import native
 from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
 from bio_inspired_nanochat.synaptic.state import Arrival, Chunk, Extras, LayerState
@@ -89,6 +90,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend_step(self, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
         """Attention output [B, H, t, D] of a chunk against the cache."""
+        if (y := native.attend(self, x, q, state, chunk)) is not None:
+            return y
         k, v = state.k[:, :, : chunk.stop], state.v[:, :, : chunk.stop]
         return tick_biased_attention(
             q, k, v, None, self.tick, self.scale, q_start=chunk.start, window=self.window, doc=chunk.doc, backend=self.parts

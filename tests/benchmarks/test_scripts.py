@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from bio_inspired_nanochat.benchmarks.timing import Course
-from scripts import bench_decode, bench_kernels, bench_memory, bench_train
+from scripts import bench_cpu, bench_decode, bench_kernels, bench_memory, bench_train
 
 KERNELS = ["--device=cpu", "--seconds=0", "--head_dim=16", "--context=32,17", "--tick=8"]
 TRAIN = ["--device=cpu", "--seconds=0", "--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--vocab_size=300"]
+CPU = ["--seconds=0", "--depth=1", "--n_embd=32", "--head_dim=16", "--vocab_size=300", "--threads=1", "--compiled=0"]
 DECODE = ["--device=cpu", "--seconds=0", "--depth=1", "--n_embd=32", "--head_dim=16", "--vocab_size=300"]
 
 
@@ -131,6 +132,32 @@ def test_decoding_without_time_measures_one_size_and_says_so(capsys):
     lines, record = run(capsys, bench_decode, *DECODE, "--context=8,16")
     assert [row.get("skipped") for row in record["rows"]] == ["no time left: raise --seconds"] * 2 + [None] * 2
     assert record["step_ratio_of"]["context"] == 16 and any(line.startswith("skipped: context 8, batch 1") for line in lines)
+
+
+def test_rust_is_compared_with_pytorch_on_a_cpu(capsys, tmp_path):
+    words = [*CPU, "--context=8,20", "--syn_cfg.tick=4", f"--json={tmp_path / 'record.json'}"]
+    lines, record = run(capsys, bench_cpu, *words)
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    for name in ("decode_speedup", "step_speedup", "step_over_vanilla", "presyn_speedup"):
+        low, high = record[f"{name}_quartiles"]
+        assert 0 < low <= record[name] <= high
+    assert record["of"] == {"context": 20, "threads": 1} and record["vanilla"] == "vanilla eager"
+    rows = {row["model"]: row for row in record["rows"] if "skipped" not in row}
+    assert set(rows) == {"vanilla eager", "synaptic rust", "synaptic torch"} and all(row["context"] == 20 for row in rows.values())
+    assert [row["skipped"] for row in record["rows"] if row["context"] == 8] == ["no time left: raise --seconds"]
+    for row in rows.values():
+        assert 0 < row["attention_ms"] < row["step_ms"] and row["tok_per_s"] == pytest.approx(1e3 / row["step_ms"], rel=1e-2)
+    assert record["bandwidth_fraction"] == rows["synaptic rust"]["bandwidth_fraction"]
+    assert [float(row["step ms"]) for row in table(lines, "threads")] == [row["step_ms"] for row in rows.values()]
+
+
+def test_the_ratios_of_a_cpu_stand_the_right_way_up(capsys, monkeypatch):
+    planted(monkeypatch, "cpu", {"vanilla eager": (1e-3,), "synaptic rust": (2e-3,), "reference": (6e-3,), "rust": (2e-3,), "": (8e-3,)})
+    monkeypatch.setattr("bio_inspired_nanochat.benchmarks.cpu.Measured.attention_ratio", lambda *_: None)
+    monkeypatch.setattr("bio_inspired_nanochat.benchmarks.cpu.Measured.fraction", lambda *_: None)
+    monkeypatch.setattr("bio_inspired_nanochat.benchmarks.cpu._line", lambda _: "")
+    _, record = run(capsys, bench_cpu, *CPU, "--context=8")
+    assert (record["step_speedup"], record["step_over_vanilla"], record["presyn_speedup"]) == (4.0, 2.0, 3.0)
 
 
 @pytest.mark.parametrize(

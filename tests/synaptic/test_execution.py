@@ -15,7 +15,11 @@ from bio_inspired_nanochat.synaptic import describe_execution
         ({}, "no synapses"),
         ({"synapses": True, "syn_cfg": SynapticConfig.preset("off")}, "no synapses"),
         ({"synapses": True}, "sdpa, PyTorch's own fast parts .backend=auto; not triton: (the tensors are on cpu|Triton is not installed)"),
+        ({"synapses": True}, "; decoding: (rust$|sdpa .not rust: the Rust extension is not built)"),
+        ({"synapses": True, "doc_mask": True}, "not rust: documents"),
+        ({"synapses": True, "syn_cfg": SynapticConfig(energy=True)}, "not rust: .*(optional parts|not built)"),
         ({"synapses": True, "backend": "reference"}, "reference .backend=reference"),
+        ({"synapses": True, "backend": "rust"}, "rust .backend=rust"),
     ],
 )
 def test_the_line_names_the_execution_and_the_reason(settings, expected):
