@@ -124,7 +124,7 @@ def test_an_auxiliary_loss_counts_in_training_only_and_pushes_the_terminals_back
     out = model.run(ids, make_ids(seed=1))
     assert out.aux > 1e-3
     torch.testing.assert_close(model(ids, make_ids(seed=1)), out.loss + out.aux)
-    objective, loss = Objective(model)(ids, make_ids(seed=1))
+    objective, loss, _ = Objective(model)(ids, make_ids(seed=1))
     assert torch.equal(loss, out.loss.detach()) and objective > loss
     out.aux.backward()
     assert all((block.attn.synapse.release_rate.grad > 0).any() for block in model.blocks)  # less release, less of it
