@@ -12,7 +12,7 @@ from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
 from bio_inspired_nanochat.synaptic.postsynaptic import DENSITY_ROLES, Density, SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
 from bio_inspired_nanochat.synaptic.state import Chunk, Extras, FastState, LayerState, Place, SynapseState, same_layout
-from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise
+from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise, vitals
 
 __all__ = [
     "DENSITY_ROLES",
@@ -47,4 +47,5 @@ __all__ = [
     "same_layout",
     "sleep",
     "summarise",
+    "vitals",
 ]
