@@ -109,7 +109,7 @@ class Reply:
     """An iterator over lists of pieces: one per running answer, none after a step that only read a part of the prompt.
 
     `finish[i]` says why answer i ended, as `generate_batch` does; "cancelled" after `cancel`, which acts before the next token.
-    `vitals`: the newest look at the synapses of answer 0, or None; `made`: tokens per answer. With one answer `state` is its state
+    `vitals`: a look at the synapses of the first running answer, taken in the last step, or None; `made`: tokens per answer. With one answer `state` is its state
     at the end and `unread` the tokens that it has not read.
     """
 
@@ -166,6 +166,7 @@ class Reply:
         return self
 
     def __next__(self) -> list[Piece]:
+        self.vitals = None
         if self._cancelled and self._answers:
             return self._end(list(self._answers), "cancelled")
         if not self._answers:

@@ -85,4 +85,5 @@ def vitals(state: SynapseState, row: int = 0) -> list[dict[str, Any]]:
 
 
 def _rounded(value: Tensor) -> Any:
-    return torch.round(value, decimals=5).tolist()
+    numbers = value.tolist()
+    return [round(number, 5) for number in numbers] if isinstance(numbers, list) else round(numbers, 5)
