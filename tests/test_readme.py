@@ -58,6 +58,7 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.bench_memory": {"modes": 4, "context": 16, "rows": 1, "seconds": 0, "device": "cpu"},
     "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
+    "scripts.chat_web": {"port": 0, "seconds": 0.5, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
     "scripts.prepare_data": {},

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from bio_inspired_nanochat.common import pick_device
@@ -128,7 +129,7 @@ def _add_api(app: FastAPI, worker: Worker, config: WebConfig) -> None:
 
 def _add_memories(app: FastAPI, worker: Worker) -> None:
     @app.get("/v1/x_synapse/memories/{name}")
-    async def describe(name: Name) -> dict:
+    def describe(name: Name) -> dict:
         """How much a memory holds."""
         return ready(worker)[1].describe(name)
 
@@ -150,8 +151,8 @@ def _add_memories(app: FastAPI, worker: Worker) -> None:
     async def upload(name: Name, request: Request) -> dict:
         """Replace a memory by a file that was downloaded before."""
         memories = ready(worker)[1]
-        memories.upload(name, await request.body())
-        return memories.describe(name)
+        await run_in_threadpool(memories.upload, name, await request.body())
+        return await run_in_threadpool(memories.describe, name)
 
 
 def model_name(loaded: Loaded) -> str:

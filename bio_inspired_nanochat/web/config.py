@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from bio_inspired_nanochat.common import base_dir
 from bio_inspired_nanochat.config import knob, validate
@@ -38,7 +39,7 @@ class WebConfig:
             raise UserError("--api_key must be printable ASCII without blanks, because it travels in a header")
 
     def checkpoint(self) -> str | None:
-        """The path of `source` for `engine.load`; None is the newest base model. Raises UserError when nothing was fine-tuned yet."""
+        """The path of `source` for `engine.load`; None is the newest base model. Raises UserError when there is none."""
         if self.source == "base":
             return None
         if self.source == "sft":
@@ -46,6 +47,8 @@ class WebConfig:
             if not folder.exists():
                 raise UserError(f"--source=sft: there is no fine-tuned model under {folder} yet: use --source=base or a path")
             return str(folder)
+        if not Path(self.source).exists():
+            raise UserError(f"--source={self.source} does not exist: give base, sft or the path of a checkpoint")
         return self.source
 
 
