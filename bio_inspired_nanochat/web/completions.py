@@ -19,7 +19,7 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.web.config import WebConfig
 from bio_inspired_nanochat.web.guards import error_body
 from bio_inspired_nanochat.web.schema import ChatRequest
-from bio_inspired_nanochat.web.worker import Event, Full, Job, Worker
+from bio_inspired_nanochat.web.worker import STOPPING, Event, Full, Job, Stopped, Worker
 
 DEFAULT_TOKENS = 256
 NOTHING = Piece(0, -1, "")
@@ -76,6 +76,8 @@ async def complete(
     except Full:
         said = f"{config.max_active + config.max_waiting} requests are being served or waiting: try again in a few seconds"
         raise HTTPException(429, said, {"Retry-After": "2"}) from None
+    except Stopped:
+        raise HTTPException(503, STOPPING) from None
     completion = Completion(body, job, name, dropped)
     watch = asyncio.create_task(_watch(request, job))
     if body.stream:

@@ -19,9 +19,15 @@ from bio_inspired_nanochat.engine import Loaded, Reply, ReplyOptions, stop_ids
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.web.memory import MemoryStore
 
+STOPPING = "the server is stopping"
+
 
 class Full(Exception):
     """The queue holds as many requests as it may."""
+
+
+class Stopped(Exception):
+    """The worker has ended, or is about to."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,10 @@ class Worker:
         return {"active": len(self._active), "waiting": len(self._waiting)}
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises Full when as many are waiting as may; those that were cancelled do not count."""
+        """Queue a job. Raises Full when as many are waiting as may (those that were cancelled do not count), and Stopped at the end."""
         with self._changed:
+            if self._stopping:
+                raise Stopped
             if len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
                 for kept in [other for other in self._waiting if other.cancelled]:
                     self._waiting.remove(kept)
@@ -119,7 +127,7 @@ class Worker:
             else:
                 self._active.popleft()
         for job in [*self._active, *self._waiting]:
-            job.tell(Event("error", status=503, message="the server is stopping"))
+            job.tell(Event("error", status=503, message=STOPPING))
 
     def _admit(self) -> bool:
         """Fill the round with waiting jobs; wait while there is nothing to do. False when the server stops."""

@@ -153,8 +153,9 @@ def test_old_turns_are_dropped_on_request(server):
 
 
 def test_bodies_have_a_limit_and_a_type(server):
-    answer = server.client.post("/v1/chat/completions", content=b"{" + b" " * (1 << 21), headers={"content-type": "application/json"})
-    assert answer.status_code == 413 and "1024 KiB" in answer.json()["error"]["message"]
+    for size in ((1 << 20) + 1, 1 << 22):
+        answer = server.client.post("/v1/chat/completions", content=b"{" + b" " * size, headers={"content-type": "application/json"})
+        assert answer.status_code == 413 and "1024 KiB" in answer.json()["error"]["message"]
     for content, kind, status in ((b"{}", "text/plain", 415), (b"{", "application/json", 400), (b"[]", "application/json", 400)):
         answer = server.client.post("/v1/chat/completions", content=content, headers={"content-type": kind})
         assert answer.status_code == status and answer.json()["error"]["message"]
