@@ -32,17 +32,32 @@ def _fixed_seeds() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+def chromium() -> str | None:
+    """The browser that tests drive: $CHROMIUM, or the first one on the path."""
+    named = os.environ.get("CHROMIUM")
+    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
     lacking = {}
     if not torch.cuda.is_available():
         lacking["gpu"] = "needs a CUDA device"
-    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        lacking["browser"] = "needs Chromium"
+    if chromium() is None:
+        lacking["browser"] = "needs Chromium: install the package chromium, or name a browser in CHROMIUM"
     for item in items:
         for marker, reason in lacking.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line for the browser tests that were skipped."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "needs Chromium" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} browser tests skipped: install the Debian package chromium, or name a browser in CHROMIUM"
+        )
 
 
 def pytest_unconfigure() -> None:

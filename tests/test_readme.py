@@ -68,6 +68,7 @@ TINY: dict[str, dict[str, object]] = {
         "seconds": 0,
     },
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
+    "scripts.chat_web": {"port": 0, "seconds": 0.5, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
     "scripts.lineage": {},

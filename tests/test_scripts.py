@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bio_inspired_nanochat.engine import Generation
+from bio_inspired_nanochat.engine import Piece, Reply
+from bio_inspired_nanochat.engine.terminal import Turn
 from scripts import base_eval, base_train, chat_cli, enable_synapses
 from tests.training.tiny import flags
 
@@ -168,7 +169,7 @@ def test_chat_reads_lines_until_quit(home, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("/help\nthe king\n\n/qit\n" + "long " * 90 + "\n/quit\nnever read\n"))
     chat_cli.main(["--max_tokens=3"])
     out = capsys.readouterr().out
-    assert "/quit  end" in out and "did you mean '/quit'" in out and "error: the prompt has" in out
+    assert "/quit  end" in out and "did you mean '/quit'" in out and "error: the conversation has" in out
     assert json.loads(out.splitlines()[-1])["tokens"] <= 3
 
 
@@ -179,14 +180,14 @@ def test_chat_ends_with_its_input(home, capsys, monkeypatch):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(home, capsys, monkeypatch):
-    made = Generation.__next__
+    drawn = Reply._draw
 
     def interrupted(self):
-        if self._made == 2:
+        if self.made == [2]:
             signal.raise_signal(signal.SIGINT)
-        return made(self)
+        return drawn(self)
 
-    monkeypatch.setattr(Generation, "__next__", interrupted)
+    monkeypatch.setattr(Reply, "_draw", interrupted)
     monkeypatch.setattr("sys.stdin", io.StringIO("the king\n/quit\n"))
     chat_cli.main(["--max_tokens=10", "--temperature=0.9"])
     out = capsys.readouterr().out
@@ -194,6 +195,53 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(home, capsys, monkeypatch):
 
 
 def test_what_a_model_says_cannot_command_the_terminal(home, capsys, monkeypatch):
-    monkeypatch.setattr(chat_cli, "stream_text", lambda *_: iter(["red \x1b[31m\x07 and\ttab\n"]))
+    monkeypatch.setattr(Turn, "__iter__", lambda _: iter([Piece(0, 1, "red \x1b[31m\x07 and\ttab\n")]))
+    monkeypatch.setattr(Turn, "finish", "stop")
     chat_cli.main(["--prompt=a"])
     assert "red [31m and\ttab\n" in capsys.readouterr().out
+
+
+def test_chat_commands_change_the_conversation(home, capsys, monkeypatch, tmp_path):
+    lines = [
+        "the king \\",
+        "said",
+        '"""',
+        "a block",
+        "of two lines",
+        '"""',
+        f"/save {tmp_path / 'talk.json'}",
+        "/temp 0.5",
+        "/temp hot",
+        "/temp -1",
+        "/memory",
+        "/memory off",
+        "/memory maybe",
+        "/save",
+        "/save memory.safetensors",
+        "/reset",
+        "/consolidate",
+        "/rollback",
+        "/load /does/not/exist",
+        f"/load {tmp_path / 'talk.json'}",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    chat_cli.main(["--max_tokens=3", "--temperature=0.9"])
+    out = capsys.readouterr().out
+    turns = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert turns[-2]["content"] == "a block\nof two lines" and "[the oldest 2 messages did not fit into the context]" in out
+    for said in (
+        "temperature 0.5",
+        "error: 'hot' is not a number",
+        "error: temperature=-1",
+        "memory on, this model has no fast weights",
+        "memory off",
+        "/memory maybe is unknown",
+        "a file name is missing",
+        "no memory to save",
+        "new conversation",
+        "error: there is nothing to consolidate yet",
+        "error: nothing was consolidated",
+        "cannot be read",
+        "new conversation from",
+    ):
+        assert said in out, said

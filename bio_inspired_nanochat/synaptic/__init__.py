@@ -16,7 +16,7 @@ from bio_inspired_nanochat.synaptic.postsynaptic import DENSITY_ROLES, Density, 
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
 from bio_inspired_nanochat.synaptic.roles import active_size, flops_per_token, param_roles
 from bio_inspired_nanochat.synaptic.state import Chunk, ExpertState, Extras, FastState, LayerState, Place, SynapseState, same_layout
-from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise
+from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise, vitals
 
 __all__ = [
     "DENSITY_ROLES",
@@ -60,4 +60,5 @@ __all__ = [
     "same_layout",
     "sleep",
     "summarise",
+    "vitals",
 ]

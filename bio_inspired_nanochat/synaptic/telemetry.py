@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bio_inspired_nanochat.synaptic.state import SynapseState
+
 BINS = 20
 # Range of the histogram of each quantity; what lies outside counts in the outermost bin.
 RANGES = {"calcium": (0.0, 5.0), "bias": (-8.0, 8.0)}
@@ -60,3 +62,28 @@ def auxiliary_loss(record: dict[str, Tensor], energy_weight: float, pool_weight:
     if pool_weight:
         loss = loss + pool_weight * (LOW_POOL - record["vesicles"]).clamp(min=0).mean()
     return loss
+
+
+VITALS = ("calcium", "vesicles", "energy")
+
+
+@torch.no_grad()
+def vitals(state: SynapseState, row: int = 0) -> list[dict[str, Any]]:
+    """What the synapses of one running sequence hold now, a dictionary per layer, ready for JSON.
+
+    calcium, vesicles, energy: a list over heads, means over the terminals that exist (fractions of full, calcium in its own
+    unit); only those that the model has. fast: Frobenius norm of the fast weights by projection, where there are any.
+    """
+    born, layers = max(1, int(state.pos[row])), []
+    for layer in state.layers:
+        held = {name: getattr(layer, name) for name in VITALS if getattr(layer, name) is not None}
+        told: dict[str, Any] = {name: _rounded(value[row, :, :born].float().mean(-1)) for name, value in held.items()}
+        if layer.fast:
+            told["fast"] = {key: _rounded(fast.weights[row].float().norm()) for key, fast in layer.fast.items()}
+        layers.append(told)
+    return layers
+
+
+def _rounded(value: Tensor) -> Any:
+    numbers = value.tolist()
+    return [round(number, 5) for number in numbers] if isinstance(numbers, list) else round(numbers, 5)

@@ -21,9 +21,10 @@ from bio_inspired_nanochat.common import base_dir, compute_dtype, generator_for
 from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.synaptic import SynapseState
 from bio_inspired_nanochat.tokenizer import Tokenizer
 
-Finish = Literal["", "stop", "length", "context"]
+Finish = Literal["", "stop", "length", "context", "cancelled"]
 WORTH_CAPTURING = 32  # new tokens: a capture takes as long as some ordinary steps
 
 
@@ -95,6 +96,38 @@ def next_tokens(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -
     return order.gather(-1, picked)[:, 0].tolist()
 
 
+class Stepper:
+    """One token per row through `model.step`, or on CUDA through a captured graph where one serves the model and pays.
+
+    `state` is that of the rows that still run; `budget` is how many more tokens are expected at most.
+    """
+
+    def __init__(self, model: GPT, state: SynapseState, graph: bool = True) -> None:
+        self.model, self.state = model, state
+        self._graph = graph and next(model.parameters()).is_cuda
+        self._decoder: GraphDecoder | None = None
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int], budget: int) -> Tensor:
+        """Logits [B, V] after one more token per row; the state advances in place."""
+        idx = torch.tensor(tokens, device=next(self.model.parameters()).device)
+        decoder = self._captured(budget) if self._graph else None
+        return self.model.step(idx[:, None], self.state)[:, -1] if decoder is None else decoder.step(idx)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        self.state = self.state.select(list(rows))
+
+    def _captured(self, budget: int) -> GraphDecoder | None:
+        if self._decoder is not None and self._decoder.state is self.state:
+            return self._decoder
+        if budget < WORTH_CAPTURING or graph_obstacle(self.model, self.state) is not None:
+            self._graph = False
+            return None
+        self._decoder = GraphDecoder(self.model, self.state) if self._decoder is None else self._decoder.follow(self.state)
+        return self._decoder
+
+
 class Generation:
     """An iterator over generated tokens, made by `generate_batch`.
 
@@ -122,9 +155,8 @@ class Generation:
         self._made = 0
         self._generators = [generator_for(sampling.seed + i, "sample") for i in range(len(prompts))]
         self._rows = list(range(len(prompts)))  # prompts that are still running, in the order of the state's rows
-        self._state: Any = None
-        self._graph = graph and next(model.parameters()).is_cuda
-        self._decoder: GraphDecoder | None = None
+        self._graph = graph
+        self._stepper: Stepper | None = None
         self._logits: Tensor | None = None
         if max_new_tokens <= 0:
             self._end(list(self._rows), "length")
@@ -135,7 +167,7 @@ class Generation:
     def __next__(self) -> list[int | None]:
         if not self._rows:
             raise StopIteration
-        if self._state is None:
+        if self._stepper is None:
             self._prefill()
         assert self._logits is not None
         uniforms = [torch.rand((), dtype=torch.float64, generator=self._generators[row]).item() for row in self._rows]
@@ -164,28 +196,17 @@ class Generation:
         for row, prompt in enumerate(self._prompts):
             idx[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         with torch.no_grad():
-            self._state = self._model.init_state(len(lengths), min(self._context, longest + self._budget))
+            state = self._model.init_state(len(lengths), min(self._context, longest + self._budget))
             ragged = torch.tensor(lengths, device=device) if min(lengths) < longest else None
-            logits = self._model.step(idx.to(device), self._state, lengths=ragged)
+            logits = self._model.step(idx.to(device), state, lengths=ragged)
+        self._stepper = Stepper(self._model, state, self._graph)
         last = torch.tensor(lengths, device=logits.device) - 1
         self._logits = logits[torch.arange(len(lengths), device=logits.device), last]
 
     def _step(self, tokens: list[int]) -> None:
-        idx = torch.tensor(tokens, device=next(self._model.parameters()).device)
-        with torch.no_grad():
-            decoder = self._captured() if self._graph else None
-            self._logits = self._model.step(idx[:, None], self._state)[:, -1] if decoder is None else decoder.step(idx)
-
-    def _captured(self) -> GraphDecoder | None:
-        """The captured step of the rows that still run, where it serves this model and enough tokens are left for it."""
-        if self._decoder is not None and self._decoder.state is self._state:
-            return self._decoder
-        left = min(self._budget - self._made, self._context - min(len(self._prompts[row]) for row in self._rows) - self._made)
-        if left < WORTH_CAPTURING or graph_obstacle(self._model, self._state) is not None:
-            self._graph = False
-            return None
-        self._decoder = GraphDecoder(self._model, self._state) if self._decoder is None else self._decoder.follow(self._state)
-        return self._decoder
+        assert self._stepper is not None
+        shortest = min(len(self._prompts[row]) for row in self._rows)
+        self._logits = self._stepper.step(tokens, min(self._budget, self._context - shortest) - self._made)
 
     def _end(self, rows: list[int], reason: Finish) -> None:
         """Mark rows as finished and drop them from the state, so that they cost nothing from here on."""
@@ -195,8 +216,8 @@ class Generation:
             self.finish[row] = reason
         kept = [place for place, row in enumerate(self._rows) if row not in set(rows)]
         self._rows = [self._rows[place] for place in kept]
-        if self._rows and self._state is not None:
-            self._state = self._state.select(torch.tensor(kept))
+        if self._rows and self._stepper is not None:
+            self._stepper.select(kept)
 
 
 def context_length(model: GPT) -> int:

@@ -1,0 +1,46 @@
+"""Text from a model: sampling, streaming, conversations, sessions with memory."""
+
+from bio_inspired_nanochat.engine.calculator import calculate
+from bio_inspired_nanochat.engine.conversation import Message, Overflow, Style, fit, render, stop_ids, style_of
+from bio_inspired_nanochat.engine.generation import (
+    Finish,
+    Generation,
+    Loaded,
+    Sampling,
+    Stepper,
+    context_length,
+    generate,
+    generate_batch,
+    load,
+    next_tokens,
+    stream_text,
+)
+from bio_inspired_nanochat.engine.reply import Piece, Reply, ReplyOptions
+from bio_inspired_nanochat.engine.session import ChatSession, Turn
+
+__all__ = [
+    "ChatSession",
+    "Finish",
+    "Generation",
+    "Loaded",
+    "Message",
+    "Overflow",
+    "Piece",
+    "Reply",
+    "ReplyOptions",
+    "Sampling",
+    "Stepper",
+    "Style",
+    "Turn",
+    "calculate",
+    "context_length",
+    "fit",
+    "generate",
+    "generate_batch",
+    "load",
+    "next_tokens",
+    "render",
+    "stop_ids",
+    "stream_text",
+    "style_of",
+]

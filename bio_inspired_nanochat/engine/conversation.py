@@ -1,0 +1,108 @@
+"""Conversations as token ids.
+
+Two styles. `chat`: every turn between the special tokens of its role, for models that were tuned on conversations. `text`: the
+contents alone, a line each, which a base model continues. A system message joins the first message of the user.
+
+When a conversation does not fit into the context there are two policies: `error`, and `drop_oldest`, which leaves out whole
+turns, the oldest first (never the system message, never the last question), and says how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.tokenizer import Tokenizer
+
+Style = Literal["chat", "text"]
+Overflow = Literal["error", "drop_oldest"]
+ROLES = ("system", "user", "assistant")
+TUNED = "sft"  # meta["kind"] of a checkpoint that was tuned on conversations
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. role: system, user or assistant."""
+
+    role: str
+    content: str
+
+
+def style_of(meta: Mapping[str, Any]) -> Style:
+    """How a model with this checkpoint metadata reads conversations."""
+    return "chat" if meta.get("kind") == TUNED else "text"
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: its own end, and the beginning of anything that is not its."""
+    return frozenset(tokenizer.special(f"<|{name}|>") for name in ("bos", "assistant_end", "user_start", "user_end", "assistant_start"))
+
+
+def user_turn(content: str, tokenizer: Tokenizer, style: Style) -> list[int]:
+    """Ids of a question, up to where the answer begins."""
+    if style == "text":
+        return tokenizer.encode(content)
+    return [*_turn("user", content, tokenizer), tokenizer.special("<|assistant_start|>")]
+
+
+def turn_end(tokenizer: Tokenizer, style: Style) -> list[int]:
+    """Ids between an answer and the next question."""
+    return tokenizer.encode("\n") if style == "text" else [tokenizer.special("<|assistant_end|>")]
+
+
+def render(messages: Sequence[Message], tokenizer: Tokenizer, style: Style) -> list[int]:
+    """Ids of a conversation from BOS to where the assistant answers.
+
+    Raises UserError when there is no message, a role is unknown, a system message is not the first or the user does not speak last.
+    """
+    turns = _merged(messages)
+    if style == "text":
+        return tokenizer.encode("\n".join(message.content for message in turns), bos=True)
+    ids = [tokenizer.bos_id]
+    for message in turns:
+        ids += _turn(message.role, message.content, tokenizer)
+    return [*ids, tokenizer.special("<|assistant_start|>")]
+
+
+def fit(messages: Sequence[Message], tokenizer: Tokenizer, style: Style, room: int, overflow: Overflow = "error") -> tuple[list[int], int]:
+    """The conversation in at most `room` tokens, and how many messages were left out for that.
+
+    Raises UserError when it does not fit, under `drop_oldest` only when the last question alone does not.
+    """
+    kept = list(messages)
+    ids = render(kept, tokenizer, style)
+    first = 1 if kept[0].role == "system" else 0
+    while len(ids) > room and overflow == "drop_oldest":
+        questions = [i for i, message in enumerate(kept) if message.role == "user" and i > first]
+        if not questions:
+            break
+        del kept[first : questions[0]]
+        ids = render(kept, tokenizer, style)
+    if len(ids) > room:
+        raise UserError(
+            f"the conversation has {len(ids)} tokens, {room} fit into this context beside the answer: shorten it by {len(ids) - room} or more"
+        )
+    return ids, len(messages) - len(kept)
+
+
+def _turn(role: str, content: str, tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.special(f"<|{role}_start|>"), *tokenizer.encode(content), tokenizer.special(f"<|{role}_end|>")]
+
+
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system message in front of the first content."""
+    if not messages:
+        raise UserError("the conversation is empty: give at least one message of the user")
+    for place, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise UserError(f"messages[{place}].role={message.role!r} is unknown: one of {', '.join(ROLES)}")
+        if message.role == "system" and place:
+            raise UserError(f"messages[{place}] is a system message: only the first message can be one")
+    if messages[-1].role != "user":
+        raise UserError(f"the last message is of role {messages[-1].role!r}: end the conversation with a message of the user")
+    if messages[0].role != "system":
+        return list(messages)
+    first = messages[1]
+    return [Message(first.role, f"{messages[0].content}\n\n{first.content}"), *messages[2:]]

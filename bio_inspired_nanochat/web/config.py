@@ -1,0 +1,62 @@
+"""What the chat server serves, where, and within which limits."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from bio_inspired_nanochat.common import base_dir
+from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.errors import UserError
+
+TUNED_FOLDER = "sft_checkpoints"  # beside `checkpoints`, where base_train writes
+
+
+@dataclass(frozen=True)
+class WebConfig:
+    """The flags of `scripts.chat_web`."""
+
+    source: str = knob("base", "base: the newest that base_train wrote; sft: the newest fine-tuned one; or the path of a checkpoint")
+    host: str = knob("127.0.0.1", "address to listen on; one that other machines reach needs --api_key")
+    port: int = knob(8000, "port to listen on; 0 takes a free one", lo=0, hi=65535)
+    api_key: str | None = knob(None, "whoever asks must send it as Authorization: Bearer KEY; - asks for none", none="-")
+    allowed_hosts: str = knob("", "further names of this server in the Host header, separated by commas")
+    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    max_active: int = knob(8, "answers that take turns, token by token", lo=1, hi=1024)
+    max_waiting: int = knob(64, "requests that wait for a turn; one more is answered by 429", lo=0, hi=65536)
+    max_tokens: int = knob(1024, "longest answer that a request may ask for", lo=1, hi=1 << 20, unit="tokens")
+    max_body_kb: int = knob(1024, "largest body of a request", lo=1, hi=1 << 20, unit="KiB")
+    max_memories: int = knob(256, "memories that are kept; the one unused for longest makes room", lo=1, hi=1 << 20)
+    log_conversations: str | None = knob(None, "file that every answered request is appended to; - writes none", none="-")
+    seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="s")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if not is_loopback(self.host) and not self.api_key:
+            raise UserError(f"--host={self.host} can be reached from other machines: add --api_key=SECRET, or use --host=127.0.0.1")
+        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.isprintable() or " " in self.api_key):
+            raise UserError("--api_key must be printable ASCII without blanks, because it travels in a header")
+
+    def checkpoint(self) -> str | None:
+        """The path of `source` for `engine.load`; None is the newest base model. Raises UserError when there is none."""
+        if self.source == "base":
+            return None
+        if self.source == "sft":
+            folder = base_dir() / TUNED_FOLDER
+            if not folder.exists():
+                raise UserError(f"--source=sft: there is no fine-tuned model under {folder} yet: use --source=base or a path")
+            return str(folder)
+        if not Path(self.source).exists():
+            raise UserError(f"--source={self.source} does not exist: give base, sft or the path of a checkpoint")
+        return self.source
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
