@@ -163,6 +163,7 @@ async def _stream(completion: Completion, watch: asyncio.Task, log: Callable[[di
         if event.kind == "error":
             yield _line(error_body(event.status, event.message))
             break
+        lines = []
         looks: dict[str, Any] = {"vitals": event.vitals} if event.vitals is not None else {}
         for piece in event.pieces or (NOTHING,) * bool(looks):
             extension, looks = looks, {}
@@ -173,7 +174,9 @@ async def _stream(completion: Completion, watch: asyncio.Task, log: Callable[[di
             shown = "" if piece.tool else piece.text
             if shown or extension:
                 chunk = head | {"choices": [_choice(piece.answer, {"content": shown} if shown else {})]}
-                yield _line(chunk | ({"x_synapse": extension} if extension else {}))
+                lines.append(_line(chunk | ({"x_synapse": extension} if extension else {})))
+        if lines:
+            yield b"".join(lines)
     else:
         endings = [head | {"choices": [_choice(answer, {}, REASONS[finish])]} for answer, finish in enumerate(completion.finishes)]
         endings[-1]["x_synapse"] = completion.extension()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bio_inspired_nanochat.common import say
-from bio_inspired_nanochat.engine import Loaded, Reply, ReplyOptions, stop_ids
+from bio_inspired_nanochat.engine import Loaded, Piece, Reply, ReplyOptions, stop_ids
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.web.memory import MemoryStore
 
+GATHER = 0.02  # seconds: pieces that come faster travel together, because waking the event loop costs the worker time
 STOPPING = "the server is stopping"
 
 
@@ -53,10 +55,26 @@ class Job:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
     reply: Reply | None = None
+    gathered: list[Piece] = field(default_factory=list)
+    told: float = 0.0
 
     def cancel(self) -> None:
         """Free the worker before its next token. May be called from any thread, also after the end."""
         self.cancelled = True
+
+    def gather(self, pieces: list[Piece], looks: Any) -> None:
+        """Tell pieces, at once after a pause and with a look at the synapses, otherwise together with those that follow soon."""
+        self.gathered += pieces
+        now = time.monotonic()
+        if (self.gathered and now - self.told >= GATHER) or looks is not None:
+            self.flush(looks)
+            self.told = now
+
+    def flush(self, looks: Any = None) -> None:
+        """Tell what was gathered."""
+        if self.gathered or looks is not None:
+            self.tell(Event("token", tuple(self.gathered), looks))
+            self.gathered = []
 
     def tell(self, event: Event) -> None:
         """Hand an event to the event loop; lost when that is closed, because then nobody waits for it."""
@@ -152,10 +170,10 @@ class Worker:
             pieces = next(reply, None)
             if pieces is None:
                 self._remember(job, reply)
+                job.flush()
                 job.tell(Event("end"))
                 return False
-            if pieces or reply.vitals is not None:
-                job.tell(Event("token", tuple(pieces), reply.vitals))
+            job.gather(pieces, reply.vitals)
             return True
         except UserError as error:
             job.tell(Event("error", status=400, message=str(error)))
