@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rust, "_load", rust._load.__wrapped__)
     assert not rust.available()
     assert "0.0.0-other" in rust.why_not() or "not built" in rust.why_not()
+
+
+def test_an_extension_from_older_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = types.SimpleNamespace(version=lambda: rust.__version__, phi=None)
+    monkeypatch.setitem(sys.modules, "bio_inspired_nanochat._rust", older)
+    monkeypatch.setattr(rust, "_load", rust._load.__wrapped__)
+    assert not rust.available()
+    assert rust.why_not().startswith("the Rust extension was built from older sources (it has no Terminals): run `bash scripts/env.sh`")
 
 
 def test_crates_are_pinned_exactly() -> None:

@@ -24,6 +24,10 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 _FIX = "run `bash scripts/env.sh` with a Rust toolchain on PATH"
 
 
+# What is called of the extension; sources change more often than versions.
+_NAMES = ("Terminals", "Layer", "advance", "run_terminals", "tick_drive", "attend", "phi")
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The extension, or None and the reason why it cannot be used."""
@@ -33,6 +37,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the Rust extension is not built or does not load ({error})"
     if module.version() != __version__:
         return None, f"the Rust extension was built for version {module.version()}, the package is {__version__}"
+    if lacking := [name for name in _NAMES if not hasattr(module, name)]:
+        return None, f"the Rust extension was built from older sources (it has no {lacking[0]})"
     return module, ""
 
 
