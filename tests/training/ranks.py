@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import torch
 
-from bio_inspired_nanochat.common import Rank, this_rank
+from bio_inspired_nanochat.common import Rank, this_rank, whole
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
 from bio_inspired_nanochat.training.loop import Job, Trainer
 from bio_inspired_nanochat.training.loopstate import Progress
+from bio_inspired_nanochat.training.parallel import shard
 from bio_inspired_nanochat.training.plan import make_plan
 from bio_inspired_nanochat.training.ranks import process_group
 from bio_inspired_nanochat.training.run import build_model
@@ -78,7 +79,7 @@ def job(rank: Rank, rows: int, **changes) -> Job:
     )
     device = torch.device("cpu")
     plan = make_plan(config, device, rank.world)
-    model = build_model(plan, device)
+    model = shard(build_model(plan, device), config, device, plan.dtype)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )
@@ -101,7 +102,7 @@ def run(rank: Rank, rows: int, **changes) -> dict:
     """Losses of every step, the record and a fingerprint of the final weights."""
     made, record = job(rank, rows, **changes), Record()
     result = Trainer(made, [record]).run()
-    norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in made.model.parameters()))
+    norm = math.sqrt(sum(float(whole(p.detach()).double().square().sum()) for p in made.model.parameters()))
     return {"losses": record.losses, "val_bpb": result["val_bpb"], "norm": norm, "accumulation": made.plan.accumulation}
 
 
