@@ -117,7 +117,7 @@ class Trainer:
     def _engine(self) -> Engine:
         if self.config.compile == "1":
             self.job.model.compile_regions()
-        return Engine(Objective(self.job.model, self.config.seed), self.config, self.job.device, self.job.rank.world)
+        return Engine(Objective(self.job.model, self.config.seed), self.plan, self.job.device)
 
     def _experts(self) -> ExpertKeeper | None:
         if not self.job.model.experts():

@@ -23,22 +23,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bio_inspired_nanochat.common import cut_like, fill, is_cut, local, several, whole
+from bio_inspired_nanochat.common import cut_like, fill, is_cut, local, whole
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import sleep
 from bio_inspired_nanochat.training.config import TrainConfig
+from bio_inspired_nanochat.training.plan import Plan
 
 CUT = ("matrix", "embed", "value_embed", "head")
 _FORWARDS = ("run", "token_losses")  # what gathers the root's parameters when it is called
 
 
-def shard(model: GPT, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Divide a model's large parameters among the ranks, in place, where `config` and the number of processes ask for it.
+def shard(model: GPT, plan: Plan, device: torch.device) -> GPT:
+    """Divide a model's large parameters among the ranks, in place, where the plan asks for it. Returns the model. Collective.
 
-    Call it before the optimizer is built: it replaces parameters. dtype: of the activations, and of what is gathered; the rows that a
-    rank holds stay float32. Collective.
+    Call it before the optimizer is built: it replaces parameters. The rows that a rank holds stay float32. What is gathered has the dtype
+    of the activations, to which the layers would round it anyway; so have the gradients before their sum (in `reduce_dtype`) is taken,
+    which in bfloat16 rounds those of the embedding tables once more than ddp does.
     """
-    if config.parallel != "fsdp" or not several():
+    config, dtype = plan.config, plan.dtype
+    if config.parallel != "fsdp" or plan.world == 1:
         return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -48,7 +51,7 @@ def shard(model: GPT, config: TrainConfig, device: torch.device, dtype: torch.dt
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=_reduce_dtype(config), cast_forward_inputs=False
     )
-    common = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)), "mp_policy": policy, "ignored_params": kept}
+    common = {"mesh": init_device_mesh(device.type, (plan.world,)), "mp_policy": policy, "ignored_params": kept}
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=config.reshard, **common)
     fully_shard(model, reshard_after_forward=False, **common)
@@ -83,12 +86,13 @@ def _renamed() -> bool:
 
 
 class Engine:
-    """Calls an objective, a module whose `model` is the GPT, as one of `world` processes. With a world of 1 it only calls it.
+    """Calls an objective, a module whose `model` is the GPT, as one of the plan's processes. Alone it only calls it.
 
     For each micro-batch enter `micro_batch`, call the engine, and run the backward; then call `finish`: gradients are means over ranks.
     """
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, device: torch.device, world: int) -> None:
+    def __init__(self, objective: nn.Module, plan: Plan, device: torch.device) -> None:
+        config, world = plan.config, plan.world
         self.model: GPT = objective.model  # type: ignore[assignment]
         self.cut = world > 1 and any(is_cut(param) for param in self.model.parameters())
         self._whole = [param for param in self.model.parameters() if not is_cut(param)] if self.cut else []

@@ -67,7 +67,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
             say(line)
     _say_inert(plan, given)
     say(describe_execution(plan.model, device, plan.dtype))
-    model = shard(build_model(plan, device), plan.config, device, plan.dtype)
+    model = shard(build_model(plan, device), plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )

@@ -79,7 +79,7 @@ def job(rank: Rank, rows: int, **changes) -> Job:
     )
     device = torch.device("cpu")
     plan = make_plan(config, device, rank.world)
-    model = shard(build_model(plan, device), config, device, plan.dtype)
+    model = shard(build_model(plan, device), plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )
