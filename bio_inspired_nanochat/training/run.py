@@ -168,11 +168,7 @@ def restore(job: Job, saved: Checkpoint) -> None:
     loop = saved.meta.get("loop", {})
     if "progress" not in loop or "ranks" not in loop:
         raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
-    if len(loop["ranks"]) != job.plan.world:
-        raise UserError(
-            f"checkpoint {saved.path} was written by {len(loop['ranks'])} processes, this run has {job.plan.world}: "
-            "start it with as many, each continues its own part of the data"
-        )
+    on_rank0(lambda: _check_world(saved, len(loop["ranks"]), job.plan.world))
     load_weights(job.model, saved.model)
     job.optimizer.load_state_dict(load_optimizer(saved.path))
     own = loop["ranks"][job.rank.index]
@@ -183,6 +179,14 @@ def restore(job: Job, saved: Checkpoint) -> None:
     if loop["tokens_per_step"] != job.plan.tokens_per_step:
         say(f"notice: steps had {loop['tokens_per_step']:,} tokens before, now {job.plan.tokens_per_step:,}")
     say(f"resumed from step {job.progress.step}: {saved.path}")
+
+
+def _check_world(saved: Checkpoint, before: int, now: int) -> None:
+    if before != now:
+        raise UserError(
+            f"checkpoint {saved.path} was written by {before} process{'es' if before > 1 else ''}, this run has {now}: "
+            "start it with as many, each continues its own part of the data"
+        )
 
 
 def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> TrainConfig:
