@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bio_inspired_nanochat.common import Rank, local, sum_over_ranks, this_rank, whole
 from bio_inspired_nanochat.config import SynapticConfig
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, exit_on_user_error
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
 from bio_inspired_nanochat.training.loop import Job, Trainer
@@ -141,6 +141,14 @@ class Interrupt(Callback):
             os.kill(os.getpid(), 15)
 
 
+class Kill(Callback):
+    """Ends one rank without a word after its last checkpoint."""
+
+    def after_update(self, step, model, optimizer) -> None:
+        if step == 4 and this_rank().index == 1:
+            os.kill(os.getpid(), 9)
+
+
 def said_by(action) -> str:
     """What a user error says; on a rank that ends silently, nothing."""
     try:
@@ -212,6 +220,9 @@ def uneven(rank: Rank) -> dict:
 
 def main(what: str, out: Path) -> None:
     """What every rank saw, as JSON in `out`."""
+    if what == "killed":
+        with exit_on_user_error():
+            train(small(out, num_iterations=50, save_every=3), [Kill()])
     with process_group(torch.device("cpu")) as rank:
         seen = uneven(rank) if what == "uneven" else {"equal": stay_equal(rank), **resume_and_stop(rank, out)}
         (out / f"rank{rank.index}.json").write_text(json.dumps(seen))

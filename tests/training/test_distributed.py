@@ -1,47 +1,22 @@
 """Several processes train as one does: the same losses, the same end, and no rank that waits for another for ever."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bio_inspired_nanochat.checkpoint import load_checkpoint
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.structural import read_lineage
 from bio_inspired_nanochat.training import train
+from tests.launcher import PATIENCE, launched, torchrun
 from tests.training import ranks
 from tests.training.test_resume import same_checkpoint
 from tests.training.tiny import corpus, flags, small
 
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-PATIENCE = 600  # seconds; alone on a machine the slowest of these takes a twentieth
-
 pytestmark = pytest.mark.timeout(2 * PATIENCE)
-
-
-def torchrun(world: int, *words: str) -> str:
-    """Run a module in `world` processes, as a user would; its standard output.
-
-    The launcher holds the port of the rendezvous and the store behind it, so nobody else takes the one and no rank that is done early
-    closes the other.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", *words]
-    process = subprocess.Popen(
-        command, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        said, complaints = process.communicate(timeout=PATIENCE)
-    except BaseException:
-        os.killpg(process.pid, 9)  # the launcher and its ranks
-        process.wait()
-        raise
-    assert process.returncode == 0, complaints[-3000:]
-    return said
 
 
 def seen_by(world: int, what: str, out: Path) -> list[dict]:
@@ -144,6 +119,15 @@ def test_another_number_of_processes_than_the_checkpoints_is_refused(pair):
     assert "written by 1 process, this run has 2" in pair[0]["grown"] and pair[1]["grown"] == ""
     with pytest.raises(UserError, match="written by 2 processes, this run has 1: start it with as many"):
         train(small(pair[0]["out"] / "ddp", synapses=True, syn_cfg=ranks.KINDS["fast"]["syn_cfg"], num_iterations=9, resume="auto"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_and_the_last_checkpoint_loads(tmp_path):
+    corpus()
+    code, _, complaints = launched(2, "tests.training.ranks", "killed", str(tmp_path))
+    assert code != 0 and "Signal 9 (SIGKILL)" in complaints, "the launcher names the rank and what ended it"
+    assert "bio_inspired_nanochat/" not in complaints, "the other rank leaves no traceback"
+    assert load_checkpoint(tmp_path / "checkpoints").step == 3
 
 
 def test_a_mistake_is_said_by_one_rank_and_ends_the_other(pair):
