@@ -166,9 +166,9 @@ def stay_equal(rank: Rank) -> dict:
     return {way: {kind: run(rank, 2, parallel=way, **changes) for kind, changes in KINDS.items()} for way in WAYS}
 
 
-def messages(rank: Rank, rows: int, way: str) -> int:
+def messages(rank: Rank, rows: int, way: str, **changes) -> int:
     """Collectives of one optimizer step on this rank, whose micro-batches have `rows` rows."""
-    rehearsal = Rehearsal(job(rank, rows, parallel=way, **EXPERTS).plan, torch.device("cpu"))
+    rehearsal = Rehearsal(job(rank, rows, parallel=way, **changes).plan, torch.device("cpu"))
     rehearsal.step()  # DDP orders its buckets after the first backward
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         rehearsal.step()
@@ -207,7 +207,10 @@ def resume_and_stop(rank: Rank, out: Path) -> dict:
     seen["resumed_life"] = train(small(out / "lives", **LIVING, parallel="fsdp", resume="auto"))
     seen["bad_path"] = said_by(lambda: train(small(out, resume=str(out / "nowhere"))))
     seen["grown"] = said_by(lambda: train(small(out / "alone", num_iterations=4, resume="auto")))
-    seen["messages"] = {way: [messages(rank, rows, way) for rows in (4, 2)] for way in WAYS}
+    seen["messages"] = {way: [messages(rank, rows, way, **EXPERTS) for rows in (4, 2)] for way in WAYS}
+    seen["buckets"] = [messages(rank, 4, "ddp", bucket_mb=size) for size in (25.0, 0.02)]
+    seen["reshard"] = [messages(rank, 4, "fsdp", reshard=on) for on in (False, True)]
+    seen["rounded"] = {way: run(rank, 4, parallel=way, reduce_dtype="bfloat16", num_iterations=3)["losses"] for way in WAYS}
     seen["shares"] = divide(rank)
     seen["sum"] = sum_over_ranks(torch.full((2,), 0.1 + rank.index)).tolist()
     return seen

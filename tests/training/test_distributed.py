@@ -65,6 +65,17 @@ def test_accumulating_gradients_sends_nothing_more(pair):
         assert once == twice > 0, way
 
 
+def test_smaller_buckets_are_more_messages_and_parameters_that_are_freed_travel_again(pair):
+    assert pair[0]["buckets"][0] < pair[0]["buckets"][1]
+    assert pair[0]["reshard"][0] < pair[0]["reshard"][1]
+
+
+@pytest.mark.parametrize("way", ranks.WAYS)
+def test_gradients_that_travel_in_bfloat16_are_rounded(pair, way):
+    exact, rounded = pair[0]["equal"][way]["vanilla"]["losses"], pair[0]["rounded"][way]
+    assert rounded[0] == exact[0] and 2e-5 < abs(rounded[1] - exact[1]) < 1e-2
+
+
 def test_fsdp_leaves_each_rank_half_of_the_matrices_and_their_momenta(pair):
     assert [seen["shares"] for seen in pair] == [[1.0, 0.5]] * 2
 
