@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,14 +20,14 @@ def launched(world: int, *words: str) -> tuple[int, str, str]:
     closes the other.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", *words]
-    process = subprocess.Popen(
-        command, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said, complaints = process.communicate(timeout=PATIENCE)
     except BaseException:
-        os.killpg(process.pid, 9)  # the launcher and its ranks
-        process.wait()
+        process.terminate()  # the launcher ends its ranks, which are sessions of their own, and kills them after 30 seconds
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
+        process.kill()
         raise
     return process.returncode, said, complaints
 
