@@ -29,7 +29,7 @@ from bio_inspired_nanochat.common import pick_device, table
 from bio_inspired_nanochat.config import knob, validate
 from bio_inspired_nanochat.kernels.fast_weights import RULES, fast_weights
 
-EXECUTIONS = ("chunked", "compiled", "fla", "reference")
+EXECUTIONS = ("triton", "chunked", "compiled", "fla", "reference")
 BASELINE = "attention"
 COLUMNS = ("rule", "execution", "modes", "forward ms", "backward ms", "both ms", "quartiles", "x attention", "peak MiB", "kept MiB", "runs")
 

@@ -45,7 +45,8 @@ def _affine(start_ptr, factor_ptr, addend_ptr, state_ptr, chunks, modes, M: tl.c
             tl.store(states + (n + 1) * size + own, s, mask=live)
 
 
-def _scan(start: Tensor, factor: Tensor, addend: Tensor, back: bool) -> Tensor:
+def affine_scan(start: Tensor, factor: Tensor, addend: Tensor, back: bool) -> Tensor:
+    """S[0..N] [B, N + 1, r, r], see `affine_states`; back: G[0..N], see `affine_adjoint`, with N + 1 addends, the last of them G[N]."""
     batch, chunks, modes, _ = factor.shape
     start, factor, addend = start.contiguous(), factor.contiguous(), addend.contiguous()
     states = torch.empty(batch, chunks + 1, modes, modes, device=factor.device)
@@ -59,7 +60,7 @@ def _scan(start: Tensor, factor: Tensor, addend: Tensor, back: bool) -> Tensor:
 @torch.library.custom_op("bio_inspired_nanochat::affine_states", mutates_args=())
 def affine_states(start: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """S[0..N] [B, N + 1, r, r] float32 from S[0] = start [B, r, r], factor and addend [B, N, r, r]; differentiable."""
-    return _scan(start, factor, addend, False)
+    return affine_scan(start, factor, addend, False)
 
 
 @affine_states.register_fake
@@ -70,7 +71,7 @@ def _(start: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
 @torch.library.custom_op("bio_inspired_nanochat::affine_adjoint", mutates_args=())
 def affine_adjoint(factor: Tensor, grad: Tensor) -> Tensor:
     """G[n] = grad[n] + G[n + 1] A[n]^T from the end, [B, N + 1, r, r]."""
-    return _scan(grad, factor, grad, True)
+    return affine_scan(grad, factor, grad, True)
 
 
 @affine_adjoint.register_fake

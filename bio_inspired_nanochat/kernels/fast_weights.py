@@ -31,8 +31,9 @@ from bio_inspired_nanochat.kernels.decay import decayed_sums
 from bio_inspired_nanochat.kernels.scan import on_triton
 
 RULES = ("hebb", "delta")
-BACKENDS = ("auto", "reference", "chunked", "fla")
+BACKENDS = ("auto", "reference", "chunked", "triton", "fla")
 CHUNK = 64
+KERNEL_MODES = 64  # whose tiles fit into the registers and the shared memory of any card
 MOST_MODES = 128  # whose factors fit beside each other into a GPU's registers
 
 
@@ -59,8 +60,8 @@ def fast_weights(
         start: [B, r, r] fast weights before the first token, rows post and columns pre modes; None: zero.
         fresh: [B, T] bool, True where a document begins: F is zero when that token reads.
         live: [B, T] bool, False for padding at the right end, which changes nothing and whose z means nothing.
-        backend: "reference" (the recurrence), "chunked", "fla" (flash-linear-attention, on CUDA where it is installed), or "auto"
-            (chunked, a single token by the recurrence).
+        backend: "reference" (the recurrence), "chunked", "triton" (the same on CUDA, float32 products), "fla" (flash-linear-attention,
+            on CUDA where it is installed), or "auto" (triton where it can, else chunked; a single token by the recurrence).
 
     Returns:
         z [B, T, r] in u's dtype, and the fast weights after the last token [B, r, r], float32 (float64 for float64 inputs).
@@ -72,6 +73,8 @@ def fast_weights(
         raise UserError(f"backend={backend!r} is not valid for fast_weights: one of {', '.join(BACKENDS)}")
     if backend == "fla" and (obstacle := fast_fla.obstacle(u, fresh, live)):
         raise UserError(f"backend='fla' cannot serve these fast weights: {obstacle}; use backend='auto'")
+    if backend == "triton" and (obstacle := _triton_obstacle(u)):
+        raise UserError(f"backend='triton' cannot serve these fast weights: {obstacle}; use backend='auto'")
     batch, length, modes = u.shape
     assert gamma.shape == ((modes,) if rule == "hebb" else ()), f"{rule} with gamma {tuple(gamma.shape)}"
     state_dtype = torch.promote_types(u.dtype, torch.float32)
@@ -79,6 +82,10 @@ def fast_weights(
     start = u.new_zeros(batch, modes, modes, dtype=state_dtype) if start is None else start.to(state_dtype)
     if backend == "fla":
         return fast_fla.fast_weights(u, m, eta, gamma, start, rule)
+    if backend == "triton" or (backend == "auto" and length > 1 and not _triton_obstacle(u)):
+        from bio_inspired_nanochat.kernels import fast_triton  # imported late: a machine without Triton never gets here
+
+        return fast_triton.fast_weights(u, m, eta, gamma, start, rule, fresh, live)
     if live is not None:
         u, m = (torch.where(live[:, :, None], x, torch.zeros_like(x)) for x in (u, m))
         eta = torch.where(live, eta, torch.zeros_like(eta))
@@ -86,6 +93,15 @@ def fast_weights(
     if backend == "reference" or (backend == "auto" and length == 1):
         return _recurrence(u, m, eta, gamma, start, rule, fresh, live)
     return _chunked(u, m, eta, gamma, start, rule, fresh, live)
+
+
+def _triton_obstacle(u: Tensor) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    if not on_triton(u):
+        return f"the tensors are on {u.device.type}"
+    if u.dtype == torch.float64:
+        return "they have no float64"
+    return f"{u.shape[2]} modes are more than {KERNEL_MODES}" if u.shape[2] > KERNEL_MODES else None
 
 
 def fast_weights_step(state: Tensor, u: Tensor, m: Tensor, eta: Tensor, gamma: Tensor, rule: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ class OptimConfig:
     """Settings of the optimizer. Learning rates are those of a model of width 768 at batches of 2^19 tokens; `groups` scales them."""
 
     matrix_lr: float = knob(0.02, "Muon learning rate of the matrices", lo=0.0, hi=1.0, off=0.0, log=True)
-    fast_lr: float = knob(0.02, "Muon learning rate of the matrices into and out of fast weights", lo=0.0, hi=1.0, off=0.0, log=True)
+    fast_lr: float = knob(0.004, "Muon learning rate of the matrices into and out of fast weights", lo=0.0, hi=1.0, off=0.0, log=True)
     embed_lr: float = knob(0.3, "learning rate of the token embedding", lo=0.0, hi=10.0, off=0.0, log=True)
     value_embed_lr: float = knob(0.15, "learning rate of the value embeddings", lo=0.0, hi=10.0, off=0.0, log=True)
     head_lr: float = knob(0.008, "learning rate of the output head", lo=0.0, hi=1.0, off=0.0, log=True)

@@ -128,7 +128,9 @@ class Density(nn.Module):
         table = [self.pre, self.write_gate[None], self.read_gate[None]]
         if x.shape[0] * x.shape[1] > x.shape[2]:  # then P W_slow is cheaper to make than all of the output is to read again
             table.append(self.post @ weight.to(self.post.dtype))
-        pre, write, read, *m = F.linear(x, torch.cat(table).to(x.dtype)).split([self.modes, 1, 1, self.modes][: len(table)], dim=-1)
+        widths = [len(part) for part in table]
+        table.append(self.pre.new_zeros(-sum(widths) % 8, x.shape[-1]))  # rows of 16 bytes in half precision, as matrix units want them
+        pre, write, read, *m = F.linear(x, torch.cat(table).to(x.dtype))[..., : sum(widths)].split(widths, dim=-1)
         pre, write, read, m = pre.to(wide), write.to(wide), read.to(wide), m[0] if m else F.linear(base, self.post.to(x.dtype))
         shrink = torch.rsqrt(pre.square().sum(-1) + FLOOR)
         u = (pre * shrink[..., None]).to(x.dtype)

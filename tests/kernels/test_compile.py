@@ -13,7 +13,22 @@ from bio_inspired_nanochat.synaptic import Presynaptic
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 SHARED_LIMIT = 99 * 1024  # of an Ada card (sm_89); data-centre cards have more
-HALF = {"q_ptr", "k_ptr", "v_ptr", "gy_ptr", "y_ptr", "gq_ptr", "gk_ptr", "gv_ptr", "plane_ptr", "gdrive_ptr", "side_ptr"}
+HALF = {
+    "q_ptr",
+    "k_ptr",
+    "v_ptr",
+    "gy_ptr",
+    "y_ptr",
+    "gq_ptr",
+    "gk_ptr",
+    "gv_ptr",
+    "plane_ptr",
+    "gdrive_ptr",
+    "side_ptr",
+    "u_ptr",
+    "m_ptr",
+    "z_ptr",
+}
 ALIGNED = {
     "queries",
     "keys",
@@ -24,7 +39,7 @@ ALIGNED = {
     *(f"{x}_{axis}" for x in ("q", "k", "v", "y", "gy", "gk", "gv") for axis in "bht"),
 }
 REALS = {"scale", "limit", "inverse"}
-WHOLE = {"doc_ptr": "*i64", "key_ptr": "*i64", "first_ptr": "*i64", "layer_ptr": "*i64"}
+WHOLE = {"doc_ptr": "*i64", "key_ptr": "*i64", "first_ptr": "*i64", "layer_ptr": "*i64", "count_ptr": "*i32", "document_ptr": "*i32"}
 
 
 def compiled(kernel, capability: int, constants: dict, tile):
@@ -102,3 +117,19 @@ def test_generated_kernels_of_the_terminals_fit(preset, site, last):
         fixed = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
         binary = compiled(kernel, 89, fixed, tiles.Tile(0, 0, presyn_codegen.WARPS, 3))
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("capability, modes, delta", [(89, 64, True), (90, 16, True), (89, 32, False)])
+def test_the_kernels_of_the_fast_weights_fit(capability, modes, delta):
+    from bio_inspired_nanochat.kernels import fast_triton, tiles
+
+    constants = fast_triton.static(modes, delta, None)
+    tile = tiles.Tile(0, 0, constants.pop("num_warps"), constants.pop("num_stages"))
+    for kernel, own in (
+        (fast_triton._transfer, {"BACK": False}),
+        (fast_triton._transfer, {"BACK": True}),
+        (fast_triton._read, {}),
+        (fast_triton._adjoint, {}),
+    ):
+        binary = compiled(kernel, capability, {**constants, **own}, tile)
+        assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT, f"{kernel.fn.__name__}: {binary.metadata.shared} bytes"

@@ -273,28 +273,73 @@ def test_wrong_names_are_user_errors(wrong, said):
         fast_weights(**inputs(3, "hebb"), **wrong)
 
 
-def kernels(device: str = "cpu", modes: tuple[int, ...] = (5, 16)) -> None:
-    """The delta rule in float32 with its kernel equals the recurrence in float64."""
-    for count in modes:
-        found = []
-        for dtype, backend in ((torch.float32, "chunked"), (DOUBLE, "reference")):
-            torch.manual_seed(0)
-            given = {name: value.detach().to(device, dtype).requires_grad_() for name, value in inputs(200, "delta", modes=count).items()}
-            values = fast_weights(**given, rule="delta", backend=backend)
-            generator = torch.Generator().manual_seed(1)
-            loss = sum((value * torch.randn(value.shape, generator=generator).to(value)).sum() for value in values)
-            found.append([*values, *torch.autograd.grad(loss, list(given.values()))])
-        for got, want in zip(*found, strict=True):
-            assert (got.double() - want).norm() <= 2e-5 * want.norm()
+def compare(backend: str, rule: str, length: int, modes: int, device: str = "cpu", marks: tuple[bool, bool] = (False, False)) -> None:
+    """An execution in float32 gives the outputs and gradients of the recurrence in float64, the same ones twice."""
+    marked = {name: value.to(device) for name, value in events(length, *marks).items()}
+    found = []
+    for dtype, name in ((torch.float32, backend), (torch.float32, backend), (DOUBLE, "reference")):
+        torch.manual_seed(0)
+        given = {key: value.detach().to(device, dtype).requires_grad_() for key, value in inputs(length, rule, modes=modes).items()}
+        weights = [torch.randn(3, *shape, dtype=DOUBLE).to(device, dtype) for shape in ((length, modes), (modes, modes))]
+        found.append(outcome(given, weights, rule=rule, backend=name, **marked))
+    for name, got, again, want in zip(("z", "final", *given), *found, strict=True):
+        error = (got.double() - want).norm() / want.norm().clamp(min=1e-6)
+        assert error <= 2e-5, f"{name} is off by {error:.1e} ({rule}, T={length}, r={modes}, {marks})"
+        assert torch.equal(got, again), f"{name} differs between two runs"
 
 
-def test_the_kernel_of_the_states_between_chunks_in_the_interpreter():
-    run_interpreted("from tests.kernels.test_fast_weights import kernels\nkernels()")
+def interpreted() -> None:
+    """What a CPU can try of the kernels."""
+    for count in (5, 16):
+        compare("chunked", "delta", 200, count)
+    for rule in RULES:
+        compare("triton", rule, 1, 5)
+        compare("triton", rule, 70, 20)
+        for marks in ((False, True), (True, False), (True, True)):
+            compare("triton", rule, 100, 5, marks=marks)
+    garbage = {name: value.detach().float() for name, value in inputs(70, "delta").items()}
+    live = (torch.arange(70) < 50).expand(3, -1)
+    short = {name: value[:, :50].clone() if name in ("u", "m", "eta") else value for name, value in garbage.items()}
+    for name in ("u", "m", "eta"):
+        garbage[name][:, 50:] = float("nan")
+    z, final = fast_weights(**garbage, rule="delta", backend="triton", live=live, fresh=~live)
+    expected, state = fast_weights(**short, rule="delta", backend="triton")
+    torch.testing.assert_close((z[:, :50], final), (expected, state), rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(z).all()
+
+
+def test_the_kernels_in_the_interpreter():
+    run_interpreted("from tests.kernels.test_fast_weights import interpreted\ninterpreted()")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_the_kernels_on_the_gpu(rule):
+    for length, modes in ((1, 16), (65, 5), (500, 16), (300, 32), (700, 64)):
+        for marks in ((False, False), (True, True)):
+            compare("triton", rule, length, modes, "cuda", marks)
 
 
 @pytest.mark.gpu
 def test_the_kernel_of_the_states_between_chunks_on_the_gpu():
-    kernels("cuda", (5, 16, 64, 100))
+    for modes in (5, 16, 64, 100):
+        compare("chunked", "delta", 200, modes, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_keys_that_repeat_lose_no_digits_in_the_kernels(rule):
+    u = F.normalize(torch.randn(2, 1, 16), dim=-1).expand(-1, 512, -1).cuda()
+    m, eta = torch.randn(2, 512, 16).cuda(), torch.ones(2, 512).cuda()
+    gamma = torch.ones(16 if rule == "hebb" else ()).cuda()
+    z, _ = fast_weights(u, m, eta, gamma, rule=rule, backend="triton")
+    expected, _ = fast_weights(u.double(), m.double(), eta.double(), gamma.double(), rule=rule, backend="reference")
+    torch.testing.assert_close(z.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_kernels_say_why_they_cannot_serve():
+    with pytest.raises(UserError, match="backend='triton' cannot serve these fast weights: the tensors are on cpu; use backend='auto'"):
+        fast_weights(**inputs(3, "delta"), rule="delta", backend="triton")
 
 
 def test_fla_says_why_it_cannot_serve():
