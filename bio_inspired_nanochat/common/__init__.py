@@ -1,5 +1,6 @@
-"""Device, dtype, seeding, ranks, paths, atomic files and console output: what every other room uses."""
+"""Device, dtype, collectives, seeding, ranks, paths, atomic files and console output: what every other room uses."""
 
+from bio_inspired_nanochat.common.collective import cut_like, fill, is_cut, local, several, sum_over_ranks, whole, whole_tree
 from bio_inspired_nanochat.common.console import progress, say, table
 from bio_inspired_nanochat.common.device import Rank, compute_dtype, pick_device, this_rank
 from bio_inspired_nanochat.common.files import base_dir, print_json_line, sha256_file, write_atomic
@@ -9,14 +10,22 @@ __all__ = [
     "Rank",
     "base_dir",
     "compute_dtype",
+    "cut_like",
+    "fill",
     "generator_for",
+    "is_cut",
+    "local",
     "pick_device",
     "print_json_line",
     "progress",
     "say",
+    "several",
     "sha256_file",
     "stable_hash",
+    "sum_over_ranks",
     "table",
     "this_rank",
+    "whole",
+    "whole_tree",
     "write_atomic",
 ]

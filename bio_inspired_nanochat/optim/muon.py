@@ -5,6 +5,11 @@ Letters: E matrices of one batch, R rows (out), C columns (in).
 `torch.optim.Muon` handles one 2-D matrix after the other, always in bfloat16. On a GPU that is bound by launches, it cannot
 take stacked experts, and a CPU without bfloat16 instructions crawls; so matrices of one shape are batched here, in bfloat16
 on CUDA and float32 elsewhere.
+
+Matrices whose rows FSDP has divided among ranks: each whole matrix goes to one rank, which orthogonalises it for all, so the work is
+divided too; what travels is one and the same number of bytes there and back, a W-th of the matrices per rank. Stacked experts are
+divided by experts, so nothing has to travel. Replicated matrices (one process, or DDP) are orthogonalised by every rank: sharing that
+work would cost a gather of all updates, which between cards without NVLink takes about as long as the work.
 """
 
 from __future__ import annotations
@@ -13,8 +18,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+
+from bio_inspired_nanochat.common import is_cut, local
 
 # Odd quintic polynomials a*x + b*x^3 + c*x^5, one per iteration, each the best one for the interval that the previous leaves:
 # Polar Express (Amsel et al., 2025, arXiv 2505.16932), lower bound 1e-3 on the singular values, safety 2e-2.
@@ -80,21 +88,25 @@ class Muon(torch.optim.Optimizer):
             for params in _batches(param for param in group["params"] if param.grad is not None):
                 self._step_batch(params, group)
 
-    def _step_batch(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Step parameters of one shape, dtype and device together."""
-        shape, dtype = params[0].shape, params[0].dtype
+    def _step_batch(self, batch: list[Parameter], group: dict[str, Any]) -> None:
+        """Step parameters of one shape, dtype and device together; of cut ones this rank's rows. Collective for cut matrices."""
+        shape, dtype, cut = batch[0].shape, batch[0].dtype, is_cut(batch[0])
         lr, momentum = group["lr"], group["momentum"]
-        grads = [param.grad for param in params]
-        averages = [self._average(param) for param in params]
+        grads = [local(param.grad) for param in batch]
+        averages = [local(self._average(param)) for param in batch]
+        params: list[Tensor] = [local(param) for param in batch]
+        if cut and len(shape) == 3 and not len(params[0]):
+            return  # fewer experts than ranks
         touched = _touched(grads) if len(shape) == 3 else None
         if touched is None:
             torch._foreach_lerp_(averages, grads, 1 - momentum)
         else:
             torch._foreach_lerp_(averages, grads, [(1 - momentum) * mask for mask in touched])
         updates = torch._foreach_lerp(grads, averages, momentum)
-        batch = torch.stack(updates)
-        batch = orthogonalize(batch.to(torch.bfloat16) if batch.is_cuda else batch.float())
-        updates = list((batch * step_scale(shape)).to(dtype).unbind(0))
+        stacked = torch.stack(updates)
+        stacked = stacked.to(torch.bfloat16) if stacked.is_cuda else stacked.float()
+        stacked = _orthogonalize_rows(stacked, shape[0]) if cut and len(shape) == 2 else orthogonalize(stacked)
+        updates = list((stacked * step_scale(shape)).to(dtype).unbind(0))
         if touched is not None:
             torch._foreach_mul_(updates, touched)
         _decay(params, updates, touched, lr * group["weight_decay"], group["cautious"])
@@ -107,11 +119,33 @@ class Muon(torch.optim.Optimizer):
         return state["momentum"]
 
 
+def _orthogonalize_rows(rows: Tensor, whole: int) -> Tensor:
+    """`orthogonalize` for n matrices of `whole` rows of which every rank holds a piece: rows [n, own, C] to rows [n, own, C]. Collective.
+
+    The rows are divided as `torch.chunk` does. Rank r receives its share of the n matrices whole, and sends back to each rank its rows.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    n, own, columns = rows.shape
+    held = [len(piece) for piece in torch.empty(whole).chunk(world)]  # rows by rank
+    held += [0] * (world - len(held))
+    shares = [len(piece) for piece in torch.empty(n).tensor_split(world)]  # matrices by rank
+    there = [share * own * columns for share in shares]
+    back = [shares[rank] * size * columns for size in held]
+    received = rows.new_empty(sum(back))
+    dist.all_to_all_single(received, rows.flatten(), back, there)
+    pieces = [piece.view(shares[rank], size, columns) for piece, size in zip(received.split(back), held, strict=True)]
+    done = torch.cat(pieces, dim=1)
+    done = orthogonalize(done) if len(done) else done
+    result = torch.empty_like(rows)
+    dist.all_to_all_single(result.view(-1), torch.cat([piece.flatten() for piece in done.split(held, dim=1)]), there, back)
+    return result
+
+
 def _batches(params: Iterable[Parameter]) -> Iterator[list[Parameter]]:
     """Parameters grouped by shape, dtype and device, in pieces of bounded size."""
     alike: dict[tuple[Any, ...], list[Parameter]] = {}
     for param in params:
-        alike.setdefault((param.shape, param.dtype, param.device), []).append(param)
+        alike.setdefault((param.shape, param.dtype, param.device, is_cut(param)), []).append(param)
     for group in alike.values():
         piece = max(1, _BATCH_ELEMENTS // max(1, group[0].numel()))
         for start in range(0, len(group), piece):

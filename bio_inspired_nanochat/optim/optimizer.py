@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from bio_inspired_nanochat.common import cut_like
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim.clip import clip_grad_norm
 from bio_inspired_nanochat.optim.config import OptimConfig
@@ -99,7 +100,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """What continues the run bit for bit: moments and step counts by parameter name, multiplier and momentum.
 
-        Tensors are the live ones, not copies. Learning rates, decays and betas are not in it: they belong to the config.
+        Tensors are the live ones, not copies (under FSDP cut like their parameters: `common.whole_tree` gathers them). Learning rates, decays and betas are not in it: they belong to the config.
         """
         parameters = {}
         for name, (part, param) in self._parameters.items():
@@ -122,7 +123,7 @@ class Optimizer:
             part.state.pop(param, None)
             if name not in problems and saved[name]["state"]:
                 part.state[param] = {
-                    key: value.detach().to(device=param.device, copy=True, memory_format=torch.contiguous_format)
+                    key: cut_like(value.detach().to(device=param.device, copy=True, memory_format=torch.contiguous_format), param)
                     for key, value in saved[name]["state"].items()
                 }
         self.set_lr_multiplier(state["lr_multiplier"])

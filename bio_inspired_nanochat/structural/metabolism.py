@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from bio_inspired_nanochat.common import several, sum_over_ranks
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.structural.neuroscore import contributions
@@ -61,10 +62,10 @@ class Ledger:
         assert self._sums is not None, "settle() before any forward"
         sums = self._sums
         taps = [torch.zeros_like(tap) if tap.grad is None else tap.grad for tap in self._taps]
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if several():
             parts = [part.float() for routing in sums for part in routing] + taps
             flat = torch.cat([part.flatten() for part in parts])
-            dist.all_reduce(flat)  # one message; every rank gets the same bits
+            flat = sum_over_ranks(flat)  # one message
             pieces = [piece.view_as(part) for piece, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)]
             size = len(Routing._fields)
             sums = [Routing(*pieces[i * size : (i + 1) * size]) for i in range(len(sums))]

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import generator_for
+from bio_inspired_nanochat.common import fill, generator_for, is_cut, whole
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.structural.splitmerge import Event
 from bio_inspired_nanochat.synaptic import SynapticMoE
@@ -27,23 +27,35 @@ class Moments(Protocol):
 
 
 class _Body:
-    """The rows of one layer: every tensor [E, ...] that belongs to its experts, and the optimizer's moments of each."""
+    """The rows of one layer: every tensor [E, ...] that belongs to its experts, and the optimizer's moments of each.
+
+    Tensors that FSDP has cut are whole copies here, on every rank, until `put_back`. Events are rare enough to gather them.
+    """
 
     def __init__(self, layer: SynapticMoE, prefix: str, optimizer: Moments | None) -> None:
-        self.layer, self.prefix, self.optimizer = layer, prefix, optimizer
-        self.parameters = {"experts.w_in": layer.experts.w_in, "experts.w_out": layer.experts.w_out, "router": layer.router}
+        self.layer = layer
+        self.parameters: dict[str, Tensor] = {
+            "experts.w_in": layer.experts.w_in,
+            "experts.w_out": layer.experts.w_out,
+            "router": layer.router,
+        }
         if layer.synapse is not None:
             per_expert = ("identity", "snare", "genome.xi", "gain_release", "gain_depletion")
             self.parameters |= {f"synapse.{name}": value for name, value in layer.synapse.named_parameters() if name in per_expert}
 
-    def moments(self, name: str) -> Iterator[Tensor]:
-        if self.optimizer is not None:
-            yield from self.optimizer.moments(f"{self.prefix}.{name}").values()
+        moments = [] if optimizer is None else [m for name in self.parameters for m in optimizer.moments(f"{prefix}.{name}").values()]
+        self._cut = [(tensor, whole(tensor)) for tensor in (*self.parameters.values(), *moments) if is_cut(tensor)]
+        gathered = {id(tensor): full for tensor, full in self._cut}
+        self.parameters = {name: gathered.get(id(value), value) for name, value in self.parameters.items()}
+        self._tensors = [*self.parameters.values(), *(gathered.get(id(moment), moment) for moment in moments)]
 
     def tensors(self) -> Iterator[Tensor]:
-        for name, parameter in self.parameters.items():
-            yield parameter
-            yield from self.moments(name)
+        return iter(self._tensors)
+
+    def put_back(self) -> None:
+        """Return the rows of cut tensors to the ranks that hold them."""
+        for tensor, full in self._cut:
+            fill(tensor, full)
 
     def copy(self, source: int, target: int) -> None:
         for tensor in self.tensors():
@@ -62,7 +74,10 @@ class _Body:
 def operate(
     layer: SynapticMoE, event: Event, cfg: SynapticConfig, *, prefix: str, seed: int, step: int, optimizer: Moments | None = None
 ) -> None:
-    """Carry out one event in a layer whose parameters are called `prefix`.name in the optimizer. Changes the model and the moments."""
+    """Carry out one event in a layer whose parameters are called `prefix`.name in the optimizer. Changes the model and the moments.
+
+    Collective where the layer is cut: every rank then carries out the same event on whole copies, and keeps its rows.
+    """
     body = _Body(layer, prefix, optimizer)
     key = f"life.{step}.{prefix}.{event.event}.{event.id}"
     kept = layer.accounts
@@ -78,6 +93,7 @@ def operate(
     else:
         assert event.event == "separate", event.event
         _separate(layer, *event.slots)
+    body.put_back()
     for slot in event.slots:
         kept.age[slot] = 0
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bio_inspired_nanochat.common import several, sum_over_ranks
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.synaptic.state import SynapseState
 
@@ -50,9 +51,8 @@ def consolidate(model: nn.Module, state: SynapseState, strength: float = 1.0) ->
         for key, layer in block.fast_layers().items():
             name = f"blocks.{index}.{names[layer]}.weight"
             change = strength * layer.density.as_matrix(layer_state.fast[key])
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(change)
-                change /= dist.get_world_size()
+            if several():
+                change = sum_over_ranks(change) / dist.get_world_size()
             before[name] = layer.weight.detach().clone()
             added[name] = change.to(layer.weight.dtype)
             layer.weight += added[name]

@@ -47,15 +47,19 @@ class Routing(NamedTuple):
     common: Tensor
 
 
-class Probe(NamedTuple):
+class Probe:
     """Instruments of one pass. tap: [E, 2] zeros that require a gradient: the backward of a mean loss leaves in its gradient the sums of
     a and a^2 over tokens, a = g dL/dg for the gate g of an expert; muted: [E] bool, experts whose gate is set to zero, without
     routing anew; forced: (tokens [S] bool, expert, list): these tokens visit that expert alone; the list gets the own choice [S, k].
     """
 
-    tap: Tensor | None = None
-    muted: Tensor | None = None
-    forced: tuple[Tensor, int, list[Tensor]] | None = None
+    # A plain class and not a tuple: FSDP would take the tap for an input of the layers and reduce their gradients before they are complete.
+    __slots__ = ("forced", "muted", "tap")
+
+    def __init__(
+        self, tap: Tensor | None = None, muted: Tensor | None = None, forced: tuple[Tensor, int, list[Tensor]] | None = None
+    ) -> None:
+        self.tap, self.muted, self.forced = tap, muted, forced
 
 
 class Route(NamedTuple):

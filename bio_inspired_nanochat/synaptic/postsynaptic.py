@@ -127,7 +127,7 @@ class Density(nn.Module):
         base = F.linear(x, weight.to(x.dtype))
         table = [self.pre, self.write_gate[None], self.read_gate[None]]
         if x.shape[0] * x.shape[1] > x.shape[2]:  # then P W_slow is cheaper to make than all of the output is to read again
-            table.append(self.post @ weight)
+            table.append(self.post @ weight.to(self.post.dtype))
         widths = [len(part) for part in table]
         table.append(self.pre.new_zeros(-sum(widths) % 8, x.shape[-1]))  # rows of 16 bytes in half precision, as matrix units want them
         pre, write, read, *m = F.linear(x, torch.cat(table).to(x.dtype))[..., : sum(widths)].split(widths, dim=-1)

@@ -130,7 +130,7 @@ class LayerState:
         return cls(**own, fast=fast, experts=ExpertState(*parts) if parts else None)
 
 
-class Extras(NamedTuple):
+class Extras:
     """What a pass over whole sequences hands to a layer beside its input.
 
     doc: [B, T] document id per position, or None; noise: this layer's draws of stochastic release, or None;
@@ -138,11 +138,18 @@ class Extras(NamedTuple):
     experts did, a `synaptic.moe.Routing`, or None; probe: instruments of the experts, a `synaptic.moe.Probe`, or None.
     """
 
-    doc: Tensor | None = None
-    noise: ReleaseNoise | None = None
-    record: dict[str, Tensor] | None = None
-    routing: list[Any] | None = None
-    probe: Any = None
+    # A plain class and not a tuple: FSDP rebuilds the containers among a layer's arguments, and what is written into them would be lost.
+    __slots__ = ("doc", "noise", "probe", "record", "routing")
+
+    def __init__(
+        self,
+        doc: Tensor | None = None,
+        noise: ReleaseNoise | None = None,
+        record: dict[str, Tensor] | None = None,
+        routing: list[Any] | None = None,
+        probe: Any = None,
+    ) -> None:
+        self.doc, self.noise, self.record, self.routing, self.probe = doc, noise, record, routing, probe
 
 
 class Arrival(Protocol):

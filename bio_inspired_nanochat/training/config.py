@@ -98,6 +98,25 @@ class TrainConfig:
 
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=("auto", "float32", "bfloat16"))
+    parallel: str = knob(
+        "ddp",
+        "how several processes share the model: ddp keeps it whole on each and averages gradients, fsdp divides parameters, gradients and "
+        "moments by rows",
+        choices=("ddp", "fsdp"),
+    )
+    bucket_mb: float = knob(
+        25.0,
+        "gradients that travel together under ddp; larger is better for slow links, smaller overlaps more",
+        lo=0.01,
+        hi=4096.0,
+        unit="MB",
+    )
+    reduce_dtype: str = knob(
+        "float32", "in which gradients travel between processes; bfloat16 halves the bytes and rounds", choices=("float32", "bfloat16")
+    )
+    reshard: bool = knob(
+        False, "under fsdp, free a block's gathered parameters after its forward: less memory, and they travel once more", off=False
+    )
     compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     data_dir: str | None = knob(
         None, "folder of parquet shards (see scripts.prepare_data); none is the embedded demo corpus", path="exists", none="none"
@@ -124,6 +143,8 @@ class TrainConfig:
             raise UserError(
                 f"consolidate_every={self.consolidate_every} needs fast weights: add --synapses=1 --syn_cfg.hebb=delta, or set it to 0"
             )
+        if self.reshard and self.parallel != "fsdp":
+            raise UserError("--reshard=1 has nothing to free under --parallel=ddp: add --parallel=fsdp")
         if self.data_dir is not None and self.dataset is not None:
             raise UserError("--data_dir and --dataset are two sources of text: give one of them")
         if self.run_name is not None and (not self.run_name.strip(".") or "/" in self.run_name or "\\" in self.run_name):

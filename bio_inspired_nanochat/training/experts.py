@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from bio_inspired_nanochat.common import sum_over_ranks
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.structural import Ledger, LineageLog, Moments, decide, metabolise, operate
 from bio_inspired_nanochat.structural.splitmerge import Event, record
@@ -61,8 +61,7 @@ class ExpertKeeper:
     def _loss(self, idx: Tensor, targets: Tensor) -> float:
         """Mean loss of a batch over ranks; the events are rare enough to wait for it."""
         total = torch.stack([self.model.token_losses(idx, targets).sum().double(), (targets >= 0).sum().double()])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
+        total = sum_over_ranks(total)
         return float(total[0] / total[1])
 
     def living(self) -> list[int]:

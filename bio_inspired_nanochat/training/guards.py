@@ -70,9 +70,9 @@ def first_not_finite(rows: Sequence[Sequence[float]]) -> int | None:
 
 
 def all_finite(params: Iterable[Tensor]) -> bool:
-    """Whether every weight is finite; one wait for the device."""
+    """Whether every weight is finite on every rank; one wait for the device. Collective: ranks may hold different ones."""
     norms = torch._foreach_norm([param.detach() for param in params], float("inf"))
-    return bool(torch.isfinite(torch.stack(norms)).all().item())
+    return agree([float(not torch.isfinite(torch.stack(norms)).all().item())]) == [0.0]
 
 
 def not_finite(step: int, what: str, last_saved: str | None) -> UserError:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bio_inspired_nanochat.common import Rank
 from bio_inspired_nanochat.engine import generate_batch
@@ -25,7 +24,7 @@ from bio_inspired_nanochat.evaluation.bpb import bits_per_byte, evaluating
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import Optimizer
 from bio_inspired_nanochat.structural import LineageLog
-from bio_inspired_nanochat.synaptic import Probe, Routing, sleep
+from bio_inspired_nanochat.synaptic import Probe, Routing
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
@@ -33,6 +32,7 @@ from bio_inspired_nanochat.training.clock import Clock, wait_for_device
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.loopstate import Progress
+from bio_inspired_nanochat.training.parallel import Engine, held, sleep_on, whole_model
 from bio_inspired_nanochat.training.plan import Plan
 from bio_inspired_nanochat.training.ranks import on_rank0
 
@@ -55,7 +55,7 @@ class Loader(Protocol):
 
 
 class Objective(nn.Module):
-    """The model as a function from a batch to what training minimises, the form that DistributedDataParallel wraps."""
+    """The model as a function from a batch to what training minimises, the form that `parallel.Engine` calls."""
 
     def __init__(self, model: GPT, seed: int = 0) -> None:
         super().__init__()
@@ -111,17 +111,13 @@ class Trainer:
         self._before = job.progress.seconds
         self._began = time.perf_counter()
         self._peak = peak_flops(job.device, self.plan.dtype)
-        self._forward = self._wrapped()
+        self.engine = self._engine()
         self.keeper = self._experts()
 
-    def _wrapped(self) -> nn.Module:
-        objective: nn.Module = Objective(self.job.model, self.config.seed)
+    def _engine(self) -> Engine:
         if self.config.compile == "1":
             self.job.model.compile_regions()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            devices = [self.job.device] if self.job.device.type == "cuda" else None
-            objective = DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-        return objective
+        return Engine(Objective(self.job.model, self.config.seed), self.plan, self.job.device)
 
     def _experts(self) -> ExpertKeeper | None:
         if not self.job.model.experts():
@@ -201,12 +197,12 @@ class Trainer:
         total: Tensor | None = None
         for micro in range(self.plan.accumulation):
             idx, targets = self._to_device(*self.job.loader.next_batch())
-            unsynced = isinstance(self._forward, DistributedDataParallel) and micro < self.plan.accumulation - 1
-            with self._forward.no_sync() if unsynced else contextlib.nullcontext():
+            with self.engine.micro_batch(last=micro == self.plan.accumulation - 1):
                 loss = self._backward(idx, targets, micro)
             total = loss if total is None else total + loss
             self._last_batch = idx
         assert total is not None
+        self.engine.finish()
         norm = self.job.optimizer.clip_grad_norm()
         self.job.optimizer.step()
         self.job.optimizer.zero_grad()
@@ -219,7 +215,7 @@ class Trainer:
         first_row = (micro * self.job.rank.world + self.job.rank.index) * idx.shape[0]
         try:
             probes = None if self.keeper is None else self.keeper.probes()
-            objective, loss, routing = self._forward(idx, targets, self.progress.step, first_row, probes)
+            objective, loss, routing = self.engine(idx, targets, self.progress.step, first_row, probes)
             if self.keeper is not None:
                 self.keeper.add(routing)
             (objective / self.plan.accumulation).backward()
@@ -262,7 +258,7 @@ class Trainer:
         """Let what the step's last sequences leave in the fast weights join the slow ones. Collective."""
         assert self._last_batch is not None
         with evaluating(self.job.model):
-            change = sleep(self.job.model, self._last_batch, self.config.consolidate_strength).norm()
+            change = sleep_on(self.job.model, self._last_batch, self.config.consolidate_strength)
         self._tell("on_consolidate", self.progress.step, change)
 
     # --- between steps -----------------------------------------------------------------------------------------------------------
@@ -323,7 +319,7 @@ class Trainer:
         if self.saved_step == self.progress.step:
             return
         self._read_losses()
-        if not guards.all_finite(self.job.model.parameters()):
+        if not guards.all_finite(held(self.job.model)):
             raise guards.not_finite(self.progress.step, "weights are", self._last_saved())
         self.progress.seconds = self._elapsed()
         self.checkpoint = self.job.save(self.job)
@@ -348,14 +344,15 @@ class Trainer:
         """Let the model continue a few prompts, on rank 0."""
         if self.config.sample_every <= 0 or not self.callbacks:
             return
-        on_rank0(lambda: self._tell("on_sample", self.progress.step, self._texts()))
+        model = whole_model(self.job.model)
+        on_rank0(lambda: self._tell("on_sample", self.progress.step, self._texts(model)))
 
-    def _texts(self) -> list[str]:
+    def _texts(self, model: GPT) -> list[str]:
         tokenizer, room = self.job.tokenizer, self.plan.model.sequence_len - 2
         prompts = [tokenizer.encode(text, bos=True)[:room] for text in SAMPLE_PROMPTS]
         tokens = [list(prompt) for prompt in prompts]
-        with evaluating(self.job.model):
-            made = generate_batch(self.job.model, prompts, SAMPLE_TOKENS, seed=self.config.seed, top_k=50, stop_ids=[tokenizer.bos_id])
+        with evaluating(model):
+            made = generate_batch(model, prompts, SAMPLE_TOKENS, seed=self.config.seed, top_k=50, stop_ids=[tokenizer.bos_id])
             for item in made:
                 for row, token in enumerate(item):
                     tokens[row] += [] if token is None else [token]

@@ -18,6 +18,7 @@ from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.hardware import GIB, static_bytes
 from bio_inspired_nanochat.training.loop import Objective
+from bio_inspired_nanochat.training.parallel import Engine, shard
 from bio_inspired_nanochat.training.plan import Plan
 from bio_inspired_nanochat.training.rounds import ROUNDS
 from bio_inspired_nanochat.training.run import build_model
@@ -82,32 +83,34 @@ def measure(plan: Plan, device: torch.device, seconds: float, choose_threads: bo
 
 
 class Rehearsal:
-    """A throw-away model in training on one batch of random tokens: what a step of `plan` takes."""
+    """A throw-away model in training on one batch of random tokens: what a step of `plan` takes. Collective when it has several processes."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self.model = build_model(plan, device)
+        self.model = shard(build_model(plan, device), plan, device)
         self.optimizer = build_optimizer(
             *(self.model.named_parameters(), self.model.param_roles(), plan.config.optim),
             n_embd=plan.model.n_embd,
             batch_tokens=plan.tokens_per_step,
         )
-        self.objective = Objective(self.model, plan.config.seed)
         if plan.config.compile == "1":
             self.model.compile_regions()
+        self.engine = Engine(Objective(self.model, plan.config.seed), plan, device)
         generator = torch.Generator().manual_seed(plan.config.seed)
         tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
         self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def forward(self) -> Tensor:
         """The loss of one micro-batch, its share of the step's."""
-        return self.objective(self.idx, self.targets)[0] / self.plan.accumulation
+        return self.engine(self.idx, self.targets)[0] / self.plan.accumulation
 
     def step(self, mark: Callable[[], object] = lambda: None) -> None:
         """One optimizer step; `mark` is called between the last backward and the optimizer."""
         self.optimizer.schedule(0, 1)
-        for _ in range(self.plan.accumulation):
-            self.forward().backward()
+        for micro in range(self.plan.accumulation):
+            with self.engine.micro_batch(last=micro == self.plan.accumulation - 1):
+                self.forward().backward()
+        self.engine.finish()
         mark()
         self.optimizer.clip_grad_norm()
         self.optimizer.step()

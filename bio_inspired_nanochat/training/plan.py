@@ -138,7 +138,7 @@ def _whole_forwards(total: int, rows: int, length: int, world: int, told: bool) 
 OPERATIONAL = frozenset(
     {
         *("eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every"),
-        *("max_minutes", "stop_after", "device", "compile", "print_config", "dry_run"),
+        *("max_minutes", "stop_after", "device", "compile", "parallel", "bucket_mb", "reduce_dtype", "reshard", "print_config", "dry_run"),
         *("checkpoint_dir", "log_dir", "run_name", "resume"),
     }
 )

@@ -17,11 +17,16 @@ T = TypeVar("T")
 
 # Rank 0 may prepare data, train a tokenizer or draw samples while the others wait at a collective.
 _PATIENCE = timedelta(hours=2)
+# What the libraries underneath say when a process that they talk to is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Socket Timeout")
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Rank]:
-    """The process group of a torchrun launch (gloo for CPU tensors, NCCL for CUDA tensors); nothing for a single process."""
+    """The process group of a torchrun launch (gloo for CPU tensors, NCCL for CUDA tensors); nothing for a single process.
+
+    Raises UserError where another process of the run has gone.
+    """
     rank = this_rank()
     if rank.world == 1 or dist.is_initialized():
         yield rank
@@ -33,6 +38,13 @@ def process_group(device: torch.device) -> Iterator[Rank]:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield rank
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST):
+            raise
+        raise UserError(
+            "another process of this run has ended: what it said stands above, unless it was killed; the same command with --resume=auto "
+            "goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
-from bio_inspired_nanochat.common import Rank, pick_device, say
+from bio_inspired_nanochat.common import Rank, pick_device, say, whole_tree
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
 from bio_inspired_nanochat.errors import UserError
@@ -29,6 +29,7 @@ from bio_inspired_nanochat.training.folders import Folders, find_resume, named, 
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.loop import Job, Trainer
 from bio_inspired_nanochat.training.loopstate import Progress, restore_rng, rng_state
+from bio_inspired_nanochat.training.parallel import load_weights, shard
 from bio_inspired_nanochat.training.plan import Plan, given_fields, inherit, make_plan
 from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, gather, on_rank0, process_group
 
@@ -66,7 +67,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
             say(line)
     _say_inert(plan, given)
     say(describe_execution(plan.model, device, plan.dtype))
-    model = build_model(plan, device)
+    model = shard(build_model(plan, device), plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )
@@ -131,7 +132,8 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
 def save(job: Job, folder: Path) -> Path | None:
     """Write a checkpoint of a job into the run's folder. Collective; rank 0 writes and returns the path.
 
-    Optimizer states are equal on all ranks, so one is stored. The position in the data and the random generators are each rank's own.
+    Optimizer states are equal on all ranks, so one is stored; what FSDP has divided is gathered first, so the files do not depend on
+    `--parallel`. The position in the data and the random generators are each rank's own.
     """
     ranks = gather({"loader": job.loader.state_dict(), "rng": rng_state(job.device)})
     meta = {
@@ -142,11 +144,13 @@ def save(job: Job, folder: Path) -> Path | None:
         "loop": {"progress": job.progress.to_meta(), "ranks": ranks, "tokens_per_step": job.plan.tokens_per_step},
     }
 
+    state = whole_tree({name: value.detach() for name, value in job.model.state_dict().items()})
+    optimizer = whole_tree(job.optimizer.state_dict())
+
     def write() -> Path:
         files = {"tokenizer.json": job.tokenizer.to_json().encode()}
         keep = job.plan.config.keep_checkpoints or None
-        state = {name: value.detach() for name, value in job.model.state_dict().items()}
-        return save_checkpoint(folder, job.progress.step, state, meta, job.optimizer.state_dict(), files, keep)
+        return save_checkpoint(folder, job.progress.step, state, meta, optimizer, files, keep)
 
     return broadcast(on_rank0(write))
 
@@ -157,19 +161,15 @@ def restore(job: Job, saved: Checkpoint) -> None:
     One of the kind `injection.START` has weights only, and the run begins at step 0 with them.
     """
     if saved.meta.get("kind") == START:
-        job.model.load_state_dict(saved.model)
+        load_weights(job.model, saved.model)
         job.resumed_from = saved.path
         say(f"starting from the weights in {saved.path}")
         return
     loop = saved.meta.get("loop", {})
     if "progress" not in loop or "ranks" not in loop:
         raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
-    if len(loop["ranks"]) != job.plan.world:
-        raise UserError(
-            f"checkpoint {saved.path} was written by {len(loop['ranks'])} processes, this run has {job.plan.world}: "
-            "start it with as many, each continues its own part of the data"
-        )
-    job.model.load_state_dict(saved.model)
+    on_rank0(lambda: _check_world(saved, len(loop["ranks"]), job.plan.world))
+    load_weights(job.model, saved.model)
     job.optimizer.load_state_dict(load_optimizer(saved.path))
     own = loop["ranks"][job.rank.index]
     job.loader.load_state_dict(own["loader"])  # type: ignore[attr-defined]
@@ -179,6 +179,14 @@ def restore(job: Job, saved: Checkpoint) -> None:
     if loop["tokens_per_step"] != job.plan.tokens_per_step:
         say(f"notice: steps had {loop['tokens_per_step']:,} tokens before, now {job.plan.tokens_per_step:,}")
     say(f"resumed from step {job.progress.step}: {saved.path}")
+
+
+def _check_world(saved: Checkpoint, before: int, now: int) -> None:
+    if before != now:
+        raise UserError(
+            f"checkpoint {saved.path} was written by {before} process{'es' if before > 1 else ''}, this run has {now}: "
+            "start it with as many, each continues its own part of the data"
+        )
 
 
 def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> TrainConfig:

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from bio_inspired_nanochat.benchmarks.scaling import traffic_of
 from bio_inspired_nanochat.benchmarks.timing import Course
-from scripts import bench_cpu, bench_decode, bench_kernels, bench_memory, bench_train
+from scripts import bench_cpu, bench_decode, bench_kernels, bench_memory, bench_scaling, bench_train
+from tests.launcher import PATIENCE, torchrun
 
 KERNELS = ["--device=cpu", "--seconds=0", "--head_dim=16", "--context=32,17", "--tick=8"]
 TRAIN = ["--device=cpu", "--seconds=0", "--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--vocab_size=300"]
@@ -172,6 +174,9 @@ def test_the_ratios_of_a_cpu_stand_the_right_way_up(capsys, monkeypatch):
         (bench_train, ["--syn_preset=off"], "nothing to compare"),
         (bench_train, ["--backend=fast"], "--backend='fast' is not valid"),
         (bench_train, ["--json=/does/not/exist/record.json"], "--json=FILE"),
+        (bench_scaling, [], "start several by torchrun"),
+        (bench_scaling, ["--models="], "models is empty"),
+        (bench_scaling, ["--parallel=dpd"], "did you mean 'ddp'"),
         (bench_decode, ["--batch="], "batch is empty"),
         (bench_decode, ["--context=8,x"], "--context=x is not a whole number"),
         (bench_decode, ["--syn_cfg.tick=none"], "--syn_cfg.tick"),
@@ -192,3 +197,41 @@ def test_memory_is_compared_with_attention(capsys):
     assert set(found) == {("attention", ""), *((rule, execution) for rule in ("hebb", "delta") for execution in ("chunked", "reference"))}
     assert all(row["both_ms"] > 0 and row["ratio"] > 0 for row in found.values()) and found["attention", ""]["ratio"] == 1
     assert sum("backend='fla' cannot serve" in line for line in lines) == 2
+
+
+@pytest.mark.timeout(2 * PATIENCE)
+def test_several_processes_are_compared_with_one():
+    sizes = [word for word in TRAIN if not word.startswith("--depth")]
+    *lines, last = torchrun(
+        2, "scripts.bench_scaling", "--", *sizes, "--depth=2", "--models=vanilla,synaptic", "--steps=1", "--accumulation=2"
+    ).splitlines()
+    record = json.loads(last)
+    assert record["world"] == 2 and record["tokens_per_step"] == 2 * 2 * 2 * 32
+    assert set(record["efficiency"]) == {"vanilla", "synaptic"} and len(record["results"]) == 4
+    for row in record["results"]:
+        assert record["efficiency"][row["model"]][row["parallel"]] == row["efficiency"] and row["rounds"] >= 3
+        low, high = row["efficiency_quartiles"]
+        assert 0 < low <= row["efficiency"] <= high
+        assert row["tok_per_s"] == pytest.approx(1e3 * record["tokens_per_step"] / row["step_ms"], rel=1e-3)
+        assert row["tok_per_s_alone"] == pytest.approx(1e3 * record["tokens_per_step"] / 2 / row["step_ms_alone"], rel=1e-3)
+        assert row["hidden_share"] is None, "gloo has no timeline"
+    shown = table(lines, "model")
+    assert [(row["model"], row["parallel"]) for row in shown] == [(row["model"], row["parallel"]) for row in record["results"]]
+
+
+def test_communication_is_hidden_where_another_kernel_runs():
+    def kernel(name: str, ts: float, dur: float) -> dict:
+        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur}
+
+    events = [
+        kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 0, 4000),
+        kernel("gemm", 1000, 1000),
+        kernel("gemm", 1500, 1500),  # overlaps the one before
+        kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 5000, 2000),
+        kernel("adamw", 8000, 500),
+        {"cat": "gpu_user_annotation", "name": "nccl:all_reduce", "ts": 0, "dur": 9000},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 5000, "dur": 2000},
+        {"name": "process_name"},
+    ]
+    assert traffic_of(events, 2) == {"communication_ms": 3.0, "compute_ms": 1.25, "hidden_share": 0.3333}
+    assert traffic_of([kernel("gemm", 0, 1)], 1)["hidden_share"] is None

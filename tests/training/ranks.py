@@ -9,14 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from bio_inspired_nanochat.common import Rank, this_rank
+from bio_inspired_nanochat.common import Rank, local, sum_over_ranks, this_rank, whole
 from bio_inspired_nanochat.config import SynapticConfig
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, exit_on_user_error
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
 from bio_inspired_nanochat.training.loop import Job, Trainer
 from bio_inspired_nanochat.training.loopstate import Progress
+from bio_inspired_nanochat.training.pace import Rehearsal
+from bio_inspired_nanochat.training.parallel import shard
 from bio_inspired_nanochat.training.plan import make_plan
 from bio_inspired_nanochat.training.ranks import process_group
 from bio_inspired_nanochat.training.run import build_model
@@ -36,6 +39,14 @@ LIFE = {
 EXPERTS = {"synapses": True, "num_experts": 5, "expert_slots": 7, "expert_ratio": 1}
 LIVING = {**EXPERTS, "splitmerge_every": 2, "syn_cfg": dataclasses.replace(SynapticConfig(), **LIFE), "num_iterations": 10}
 ALONE = Rank(0, 0, 1)
+WAYS = ("ddp", "fsdp")
+KINDS = {
+    "vanilla": {},
+    "synaptic": {"synapses": True},
+    "fast": {"synapses": True, "syn_cfg": dataclasses.replace(SynapticConfig(), hebb="delta")},
+    "experts": EXPERTS,
+    "life": {**LIVING, "num_iterations": 6, "log_every": 1},
+}
 
 
 class Numbered:
@@ -71,14 +82,13 @@ class Record(Callback):
         self.losses.append(record.loss)
 
 
-def job(rank: Rank, rows: int, **changes) -> Job:
-    """A job without data or files: `rows` rows per forward, GLOBAL_ROWS per step."""
-    config = TrainConfig(
-        **{**SMALL, "log_every": 1, **changes, "device_batch_size": rows, "total_batch_size": GLOBAL_ROWS * SMALL["max_seq_len"]}
-    )
+def job(rank: Rank, rows: int, total: int = GLOBAL_ROWS, **changes) -> Job:
+    """A job without data or files: `rows` rows per forward, `total` per step."""
+    batch = {"device_batch_size": rows, "total_batch_size": total * SMALL["max_seq_len"]}
+    config = TrainConfig(**{**SMALL, "log_every": 1, **changes, **batch})
     device = torch.device("cpu")
     plan = make_plan(config, device, rank.world)
-    model = build_model(plan, device)
+    model = shard(build_model(plan, device), plan, device)
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )
@@ -97,12 +107,18 @@ def job(rank: Rank, rows: int, **changes) -> Job:
     )
 
 
-def run(rank: Rank, rows: int, **changes) -> dict:
+def run(rank: Rank, rows: int, total: int = GLOBAL_ROWS, **changes) -> dict:
     """Losses of every step, the record and a fingerprint of the final weights."""
-    made, record = job(rank, rows, **changes), Record()
+    made, record = job(rank, rows, total, **changes), Record()
     result = Trainer(made, [record]).run()
-    norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in made.model.parameters()))
-    return {"losses": record.losses, "val_bpb": result["val_bpb"], "norm": norm, "accumulation": made.plan.accumulation}
+    norm = math.sqrt(sum(float(whole(p.detach()).double().square().sum()) for p in made.model.parameters()))
+    return {
+        "losses": record.losses,
+        "val_bpb": result["val_bpb"],
+        "norm": norm,
+        "accumulation": made.plan.accumulation,
+        "events": result["lineage_events"],
+    }
 
 
 class Poison(Callback):
@@ -125,6 +141,14 @@ class Interrupt(Callback):
             os.kill(os.getpid(), 15)
 
 
+class Kill(Callback):
+    """Ends one rank without a word after its last checkpoint."""
+
+    def after_update(self, step, model, optimizer) -> None:
+        if step == 4 and this_rank().index == 1:
+            os.kill(os.getpid(), 9)
+
+
 def said_by(action) -> str:
     """What a user error says; on a rank that ends silently, nothing."""
     try:
@@ -137,29 +161,75 @@ def said_by(action) -> str:
     raise AssertionError("no error")
 
 
-def main(out: Path) -> None:
-    """What rank 0 and rank 1 saw, as JSON in `out`."""
+def stay_equal(rank: Rank) -> dict:
+    """Every kind of model by every way, 2 rows per forward."""
+    return {way: {kind: run(rank, 2, parallel=way, **changes) for kind, changes in KINDS.items()} for way in WAYS}
+
+
+def messages(rank: Rank, rows: int, way: str, **changes) -> int:
+    """Collectives of one optimizer step on this rank, whose micro-batches have `rows` rows."""
+    rehearsal = Rehearsal(job(rank, rows, parallel=way, **changes).plan, torch.device("cpu"))
+    rehearsal.step()  # DDP orders its buckets after the first backward
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        rehearsal.step()
+    return sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))
+
+
+def divide(rank: Rank) -> list[float]:
+    """The share of a model's values that this rank holds under each way, and of its matrices' momenta."""
+    shares = []
+    for way in WAYS:
+        made = job(rank, 4, parallel=way, num_iterations=1, eval_tokens=0)
+        Trainer(made).run()
+        named = dict(made.model.named_parameters())
+        cut = [name for name, role in made.model.param_roles().items() if role == "matrix"]
+        kept = [local(named[name]).numel() + sum(local(m).numel() for m in made.optimizer.moments(name).values()) for name in cut]
+        shares.append(sum(kept) / sum(2 * named[name].numel() for name in cut))
+    return shares
+
+
+def resume_and_stop(rank: Rank, out: Path) -> dict:
+    """Whole runs with files: two ways of sharing, a stop between them, signals, mistakes."""
+    seen = {}
+    for way in WAYS:
+        seen[f"poisoned-{way}"] = said_by(lambda way=way: Trainer(job(rank, 4, parallel=way), [Poison(1, 3)]).run())
+        late = {"parallel": way, "num_iterations": 3, "eval_tokens": 0}
+        seen[f"poisoned-late-{way}"] = said_by(lambda late=late: Trainer(job(rank, 4, **late), [Poison(1, 3)]).run())
+    seen["interrupted"] = Trainer(job(rank, 4, num_iterations=50, eval_tokens=0), [Interrupt()]).run()["steps"]
+    changes = {"synapses": True, "num_iterations": 4, "log_every": 1, "syn_cfg": dataclasses.replace(SynapticConfig(), hebb="delta")}
+    changes |= {"consolidate_every": 2, "sample_every": 3}
+    for way in WAYS:
+        seen[f"whole-{way}"] = train(small(out / way, **changes, parallel=way), [whole := Record()]) | {"losses": whole.losses}
+    train(small(out / "parts", **changes, parallel="fsdp", stop_after=2), [parts := Record()])
+    seen["resumed"] = train(small(out / "parts", **changes, parallel="ddp", resume="auto"), [parts]) | {"losses": parts.losses}
+    seen["life"] = train(small(out / "life", **LIVING))
+    train(small(out / "lives", **LIVING, stop_after=6))
+    seen["resumed_life"] = train(small(out / "lives", **LIVING, parallel="fsdp", resume="auto"))
+    seen["bad_path"] = said_by(lambda: train(small(out, resume=str(out / "nowhere"))))
+    seen["grown"] = said_by(lambda: train(small(out / "alone", num_iterations=4, resume="auto")))
+    seen["messages"] = {way: [messages(rank, rows, way, **EXPERTS) for rows in (4, 2)] for way in WAYS}
+    seen["buckets"] = [messages(rank, 4, "ddp", bucket_mb=size) for size in (25.0, 0.02)]
+    seen["reshard"] = [messages(rank, 4, "fsdp", reshard=on) for on in (False, True)]
+    seen["rounded"] = {way: run(rank, 4, parallel=way, reduce_dtype="bfloat16", num_iterations=3)["losses"] for way in WAYS}
+    seen["shares"] = divide(rank)
+    seen["sum"] = sum_over_ranks(torch.full((2,), 0.1 + rank.index)).tolist()
+    return seen
+
+
+def uneven(rank: Rank) -> dict:
+    """Three ranks, among which rows, experts and matrices do not divide."""
+    return {"experts": run(rank, 2, total=6, parallel="fsdp", num_iterations=4, eval_tokens=192, **EXPERTS)}
+
+
+def main(what: str, out: Path) -> None:
+    """What every rank saw, as JSON in `out`."""
+    if what == "killed":
+        with exit_on_user_error():
+            train(small(out, num_iterations=50, save_every=3), [Kill()])
     with process_group(torch.device("cpu")) as rank:
-        seen = {
-            "vanilla": run(rank, 4),
-            "accumulated": run(rank, 2),
-            "synaptic": run(rank, 2, synapses=True),
-            "experts": run(rank, 2, **EXPERTS),
-        }
-        seen["poisoned"] = said_by(lambda: Trainer(job(rank, 4), [Poison(1, 3)]).run())
-        seen["interrupted"] = Trainer(job(rank, 4, num_iterations=50), [Interrupt()]).run()["steps"]
-        changes = {"synapses": True, "num_iterations": 4, "log_every": 1}
-        seen["whole"] = train(small(out / "whole", **changes), [whole := Record()])
-        seen["whole_losses"] = whole.losses
-        train(small(out / "parts", **changes, stop_after=2), [parts := Record()])
-        seen["resumed"] = train(small(out / "parts", **changes, resume="auto"), [parts])
-        seen["resumed_losses"] = parts.losses
-        seen["life"] = train(small(out / "life", **LIVING))
-        train(small(out / "lives", **LIVING, stop_after=6))
-        seen["resumed_life"] = train(small(out / "lives", **LIVING, resume="auto"))
-        seen["bad_path"] = said_by(lambda: train(small(out, resume=str(out / "nowhere"))))
+        seen = uneven(rank) if what == "uneven" else {"equal": stay_equal(rank), **resume_and_stop(rank, out)}
         (out / f"rank{rank.index}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, to_dict
+from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, from_dict, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, dry_run, print_config
 from bio_inspired_nanochat.training.hardware import bytes_per_row, peak_by_name
@@ -129,3 +129,13 @@ def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():
     shorter = {**sizes, "sequence_len": 2048}
     kept = bytes_per_row(GPTConfig(**shorter, synapses=True), torch.bfloat16) - bytes_per_row(GPTConfig(**shorter), torch.bfloat16)
     assert kept == pytest.approx(12 * 12 * 2048 * 2048 / 8 * 2, rel=0.01)  # the drive, one bfloat16 per head, tick and key
+
+
+def test_how_processes_share_a_model_is_not_inherited():
+    saved = to_dict(TrainConfig(parallel="fsdp", reshard=True, bucket_mb=1.0, reduce_dtype="bfloat16"))
+    assert from_dict(TrainConfig, inherit(TrainConfig(), set(), saved)) == TrainConfig()
+
+
+def test_freeing_parameters_needs_divided_ones():
+    with pytest.raises(UserError, match="add --parallel=fsdp"):
+        TrainConfig(reshard=True)
