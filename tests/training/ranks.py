@@ -44,14 +44,19 @@ class Numbered:
     wait_seconds = 0.0
     epoch = 0
 
-    def __init__(self, rank: Rank, rows: int, length: int, vocabulary: int) -> None:
+    def __init__(self, rank: Rank, rows: int, length: int, vocabulary: int, masked: bool = False) -> None:
         self.rows, self.length, self.vocabulary, self.world, self.next = rows, length, vocabulary, rank.world, rank.index
+        self.masked = masked
 
     def next_batch(self):
         first = self.next * self.rows
         self.next += self.world
         tokens = torch.stack([self._row(number) for number in range(first, first + self.rows)])
-        return tokens[:, :-1], tokens[:, 1:].contiguous()
+        targets = tokens[:, 1:].contiguous()
+        if self.masked:  # rows with 1 to all targets
+            for place, number in enumerate(range(first, first + self.rows)):
+                targets[place, 1 + number * 7 % self.length :] = -1
+        return tokens[:, :-1], targets
 
     def _row(self, number: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(number)
@@ -71,7 +76,7 @@ class Record(Callback):
         self.losses.append(record.loss)
 
 
-def job(rank: Rank, rows: int, **changes) -> Job:
+def job(rank: Rank, rows: int, masked: bool = False, **changes) -> Job:
     """A job without data or files: `rows` rows per forward, GLOBAL_ROWS per step."""
     config = TrainConfig(
         **{**SMALL, "log_every": 1, **changes, "device_batch_size": rows, "total_batch_size": GLOBAL_ROWS * SMALL["max_seq_len"]}
@@ -89,11 +94,12 @@ def job(rank: Rank, rows: int, **changes) -> Job:
         rank=rank,
         model=model,
         optimizer=optimizer,
-        loader=Numbered(*shape),
+        loader=Numbered(*shape, masked),
         val_loader=lambda: Numbered(*shape),
         tokenizer=SimpleNamespace(token_bytes=lambda: [1] * plan.model.vocab_size),
         progress=Progress(),
         save=lambda _: Path("nowhere"),
+        masked=masked,
     )
 
 
@@ -145,6 +151,7 @@ def main(out: Path) -> None:
             "accumulated": run(rank, 2),
             "synaptic": run(rank, 2, synapses=True),
             "experts": run(rank, 2, **EXPERTS),
+            "masked": run(rank, 2, masked=True),
         }
         seen["poisoned"] = said_by(lambda: Trainer(job(rank, 4), [Poison(1, 3)]).run())
         seen["interrupted"] = Trainer(job(rank, 4, num_iterations=50), [Interrupt()]).run()["steps"]

@@ -45,7 +45,13 @@ def pair(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("kind", "changes", "accumulation"),
-    [("vanilla", {}, 1), ("accumulated", {}, 2), ("synaptic", {"synapses": True}, 2), ("experts", ranks.EXPERTS, 2)],
+    [
+        ("vanilla", {}, 1),
+        ("accumulated", {}, 2),
+        ("synaptic", {"synapses": True}, 2),
+        ("experts", ranks.EXPERTS, 2),
+        ("masked", {"masked": True}, 2),
+    ],
 )
 def test_two_processes_lose_what_one_loses(pair, kind, changes, accumulation):
     alone = ranks.run(ranks.ALONE, 8, **changes)
