@@ -55,6 +55,7 @@ TINY: dict[str, dict[str, object]] = {
         **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
         "seconds": 0,
     },
+    "scripts.bench_api": {"tokens": 2, "clients": 2, "seconds": 0, "device": "cpu"},
     "scripts.bench_memory": {"modes": 4, "context": 16, "rows": 1, "seconds": 0, "device": "cpu"},
     "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
     "scripts.bench_cpu": {

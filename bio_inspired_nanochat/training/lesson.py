@@ -17,11 +17,11 @@ from bio_inspired_nanochat.training.callbacks import Callback
 from bio_inspired_nanochat.training.tune import tune
 from bio_inspired_nanochat.training.tuneconfig import TuneConfig
 
-SHARE = 0.12  # of the minutes of a speedrun
-MOST_SECONDS = 75.0
+STEPS = 150  # of optimizer steps that the time is kept for, as far as SHARES of the speedrun's minutes allow
+SHARES = (0.05, 0.2)
 EPOCHS = 3.0  # passes over the conversations, where the time suffices
 ROOM = 8  # tokens that a prompt must leave for its answer, to be asked
-ANSWER_TOKENS = 200
+ANSWER_TOKENS = 100  # an answer that is longer counts as one without an end
 SHOWN = 6  # answers in the report
 
 
@@ -48,9 +48,10 @@ class Lesson:
         return {"chat": self.summary()} | ({"stopped": signal} if signal else {})
 
 
-def seconds_for(minutes: float) -> float:
-    """What a speedrun of so many minutes keeps for the lesson, questions included."""
-    return min(MOST_SECONDS, SHARE * 60 * minutes)
+def seconds_for(minutes: float, pace: float) -> float:
+    """Seconds of training that a speedrun of so many minutes keeps for the lesson of a model that takes `pace` seconds per step."""
+    low, high = (share * 60 * minutes for share in SHARES)
+    return min(high, max(low, STEPS * pace))
 
 
 def teach(

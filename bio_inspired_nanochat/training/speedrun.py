@@ -125,7 +125,7 @@ def speedrun(config: SpeedrunConfig, callbacks: Callable[[], list[Callback]] = l
     read = max(1, int(MOST_EPOCHS * train_tokens / plans[0].tokens_per_step))
     most = config.max_steps or read
     batch = plans[0].rows * plans[0].model.sequence_len
-    lesson_seconds = 0.0 if config.lesson_steps == 0 else seconds_for(config.minutes)
+    lesson_seconds = 0.0 if config.lesson_steps == 0 else seconds_for(config.minutes, paces[1].step)
     budget = make_budget(left, min(AFTER_SECONDS + ASKING * lesson_seconds, 0.35 * left), paces, batch, most, val_tokens)
     _announce(plans, paces, budget, None if config.max_steps else read)
     name = run_name(config, plans[0])

@@ -20,6 +20,7 @@ from bio_inspired_nanochat.engine import load, style_of
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.training import Callback, speedrun
+from bio_inspired_nanochat.training.lesson import seconds_for
 from bio_inspired_nanochat.training.pace import FEWEST_STEPS, Pace, make_budget
 from bio_inspired_nanochat.training.rounds import FEW_ROUNDS, ROUNDS
 from scripts.speedrun import main
@@ -103,6 +104,11 @@ def test_zeroing_the_gains_changes_the_trained_model(done: Done) -> None:
 def test_tensorboard_has_both_runs(done: Done) -> None:
     for kind in speedrun.KINDS:
         assert list((done.folder / "runs" / f"speedrun-d2-{kind}").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(("pace", "share"), [(1e-3, 0.05), (0.3, 150 * 0.3 / 570), (10.0, 0.2)])
+def test_the_lesson_gets_time_for_its_steps_within_a_share_of_the_minutes(pace: float, share: float) -> None:
+    assert seconds_for(9.5, pace) == pytest.approx(share * 570)
 
 
 def test_the_tokenizer_is_trained_once_also_where_the_text_supports_fewer_ids_than_wanted(done: Done) -> None:
