@@ -9,8 +9,9 @@ case " $* " in
 usage: bash speedrun.sh [flags of scripts.speedrun]
 
 Makes .venv at the root of the repository where needed (about 3 GB of packages), then trains a vanilla and a synaptic
-model side by side on the same data and compares them. The last line of output is one JSON object:
-{"vanilla": {...}, "synaptic": {...}}, each with val_bpb, tok_per_s, params, seconds and checkpoint.
+model side by side on the same data, compares them, teaches the synaptic one to chat and prints the command to talk to
+it. The last line of output is one JSON object: {"vanilla": {...}, "synaptic": {...}, "chat": {...}}, the first two with
+val_bpb, tok_per_s, params, seconds and checkpoint.
 
 environment:
   SPEEDRUN_DEPTH=N     layers of both models
@@ -24,7 +25,7 @@ TEXT
     ;;
 esac
 
-echo "speedrun: installs about 3 GB of Python packages (torch with CUDA among them) into .venv on its first run (a few minutes), then trains two models (10 minutes at most)"
+echo "speedrun: installs about 3 GB of Python packages (torch with CUDA among them) into .venv on its first run (a few minutes), then trains two models and teaches one to chat (10 minutes at most)"
 if [ -n "${SPEEDRUN_DATA:-}" ]; then
     case $SPEEDRUN_DATA in /* | "~"*) ;; *) export SPEEDRUN_DATA="$PWD/$SPEEDRUN_DATA" ;; esac
 fi

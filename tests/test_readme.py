@@ -36,11 +36,11 @@ TRAINING = {
     "depth": 2,
     "n_embd": 32,
     "head_dim": 16,
-    "max_seq_len": 32,
+    "max_seq_len": 64,
     "vocab_size": 280,
     "num_iterations": STEPS,
     "device_batch_size": 2,
-    "total_batch_size": 128,
+    "total_batch_size": 256,
     "eval_every": 0,
     "eval_tokens": 128,
     "sample_every": 0,
@@ -60,6 +60,7 @@ TINY: dict[str, dict[str, object]] = {
         "steps": 1,
         "seconds": 0,
     },
+    "scripts.bench_api": {"tokens": 2, "clients": 2, "seconds": 0, "device": "cpu"},
     "scripts.bench_memory": {"modes": 4, "context": 16, "rows": 1, "seconds": 0, "device": "cpu"},
     "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
     "scripts.bench_cpu": {
@@ -72,6 +73,8 @@ TINY: dict[str, dict[str, object]] = {
         "compiled": 0,
         "seconds": 0,
     },
+    "scripts.chat_sft": {"num_iterations": STEPS, "device_batch_size": 1, "eval_tokens": 32, "device": "cpu"},
+    "scripts.chat_eval": {"questions": 1, "prompts": 1, "max_tokens": 2, "tasks": "copying,larger", "device": "cpu"},
     "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
     "scripts.chat_web": {"port": 0, "seconds": 0.5, "device": "cpu"},
     "scripts.enable_synapses": {},
@@ -196,6 +199,12 @@ def _python_module(session: Session, line: str, words: list[str], variables: dic
     session.records[line] = _script(session, [sys.executable, "-m"], words[2:], variables)
 
 
+def _echo(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
+    """`echo TEXT > FILE`, run by a shell in the session's folder."""
+    assert words[2] == ">" and "/" not in words[3] and len(words) == 4, line
+    session.run(["bash", "-c", line])
+
+
 def _torchrun(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
     start = words.index("-m")
     options = _replaced(words[1:start], {"nproc_per_node": 2}, add=False)
@@ -251,6 +260,7 @@ HANDLERS: dict[tuple[str, ...], Handler] = {
     ("bash", "speedrun.sh"): _shell_script,
     ("bash", "tests/run.sh"): _shell_script,
     ("source",): _activate,
+    ("echo",): _echo,
     ("tensorboard",): _tensorboard,
 }
 

@@ -1,8 +1,9 @@
 """Text from a model: sampling, streaming, conversations, sessions with memory."""
 
 from bio_inspired_nanochat.engine.calculator import calculate
-from bio_inspired_nanochat.engine.conversation import Message, Overflow, Style, fit, render, stop_ids, style_of
+from bio_inspired_nanochat.engine.conversation import Message, Overflow, Style, fit, render, stop_ids, style_of, transcript
 from bio_inspired_nanochat.engine.generation import (
+    TUNED_FOLDER,
     Finish,
     Generation,
     Loaded,
@@ -13,12 +14,14 @@ from bio_inspired_nanochat.engine.generation import (
     generate_batch,
     load,
     next_tokens,
+    source_path,
     stream_text,
 )
 from bio_inspired_nanochat.engine.reply import Piece, Reply, ReplyOptions
 from bio_inspired_nanochat.engine.session import ChatSession, Turn
 
 __all__ = [
+    "TUNED_FOLDER",
     "ChatSession",
     "Finish",
     "Generation",
@@ -40,7 +43,9 @@ __all__ = [
     "load",
     "next_tokens",
     "render",
+    "source_path",
     "stop_ids",
     "stream_text",
     "style_of",
+    "transcript",
 ]

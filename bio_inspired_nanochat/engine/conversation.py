@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bio_inspired_nanochat.data.conversations import ASSISTANT, CALL, RESULT, SYSTEM, TEXT, Conversation, Part
+from bio_inspired_nanochat.data.rows import Transcript
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tokenizer import Tokenizer
 
@@ -64,6 +66,38 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, style: Style) -> l
     for message in turns:
         ids += _turn(message.role, message.content, tokenizer)
     return [*ids, tokenizer.special("<|assistant_start|>")]
+
+
+def transcript(conversation: Conversation, tokenizer: Tokenizer) -> Transcript:
+    """A whole conversation in the style `chat`, to learn from: its ids, and which of them the model is to say itself.
+
+    Those are the texts of the assistant, its calls of the calculator, and the end of each of its messages; not what the calculator
+    answers, which the engine writes.
+    """
+    first = 1 if conversation[0].role == SYSTEM else 0
+    before = "".join(f"{part.text}\n\n" for turn in conversation[:first] for part in turn.parts)
+    ids, learned = [tokenizer.bos_id], [False]
+    for turn in conversation[first:]:
+        own = turn.role == ASSISTANT
+        pieces: list[tuple[list[int], bool]] = [([tokenizer.special(f"<|{turn.role}_start|>")], False)]
+        if not own:
+            pieces.append((tokenizer.encode(before + "".join(part.text for part in turn.parts)), False))
+            before = ""
+        else:
+            pieces += [(_part_ids(part, tokenizer), part.kind != RESULT) for part in turn.parts]
+        pieces.append(([tokenizer.special(f"<|{turn.role}_end|>")], own))
+        for piece, learn in pieces:
+            ids += piece
+            learned += [learn] * len(piece)
+    return Transcript(ids, learned)
+
+
+def _part_ids(part: Part, tokenizer: Tokenizer) -> list[int]:
+    """A part of an answer; calls and results between the special tokens that `Reply` reads and writes."""
+    if part.kind == TEXT:
+        return tokenizer.encode(part.text)
+    name = "python" if part.kind == CALL else "output"
+    return [tokenizer.special(f"<|{name}_start|>"), *tokenizer.encode(part.text), tokenizer.special(f"<|{name}_end|>")]
 
 
 def fit(messages: Sequence[Message], tokenizer: Tokenizer, style: Style, room: int, overflow: Overflow = "error") -> tuple[list[int], int]:

@@ -25,6 +25,7 @@ from bio_inspired_nanochat.synaptic import SynapseState
 from bio_inspired_nanochat.tokenizer import Tokenizer
 
 Finish = Literal["", "stop", "length", "context", "cancelled"]
+TUNED_FOLDER = "sft_checkpoints"  # under the base folder, beside `checkpoints`, where base_train writes
 WORTH_CAPTURING = 32  # new tokens: a capture takes as long as some ordinary steps
 
 
@@ -37,6 +38,25 @@ class Loaded:
     path: Path
     step: int
     meta: dict[str, Any]
+
+
+def source_path(source: str) -> str | None:
+    """What `load` takes for a source: `base` (the newest that base_train wrote), `sft` (the newest fine-tuned one), or a path.
+
+    Raises UserError when there is no such thing.
+    """
+    if source == "base":
+        return None
+    if source == "sft":
+        folder = base_dir() / TUNED_FOLDER
+        if not folder.exists():
+            raise UserError(
+                f"--source=sft: there is no fine-tuned model under {folder} yet: run python -m scripts.chat_sft, or give a path"
+            )
+        return str(folder)
+    if not Path(source).expanduser().exists():
+        raise UserError(f"--source={source} does not exist: give base, sft or the path of a checkpoint")
+    return source
 
 
 def load(path: str | Path | None, device: torch.device) -> Loaded:

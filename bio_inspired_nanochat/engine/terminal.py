@@ -14,7 +14,7 @@ from typing import Any
 from bio_inspired_nanochat.common import pick_device, say
 from bio_inspired_nanochat.common.console import on_terminal, write
 from bio_inspired_nanochat.config import knob, validate
-from bio_inspired_nanochat.engine.generation import Loaded, Sampling, load
+from bio_inspired_nanochat.engine.generation import Loaded, Sampling, load, source_path
 from bio_inspired_nanochat.engine.reply import MOST_SAMPLES, Piece, ReplyOptions
 from bio_inspired_nanochat.engine.session import ChatSession, Turn
 from bio_inspired_nanochat.errors import UserError, nearest
@@ -27,7 +27,8 @@ BLOCK = '"""'
 class ChatConfig:
     """Which model answers, and how it draws its words."""
 
-    checkpoint: str | None = knob(None, "checkpoint: a step, a run or a folder of runs; auto is the newest of all runs", path="exists")
+    source: str = knob("base", "base: the newest that base_train wrote; sft: the newest fine-tuned one; or the path of a checkpoint")
+    checkpoint: str | None = knob(None, "checkpoint: a step, a run or a folder of runs; auto is what --source says", path="exists")
     prompt: str | None = knob(None, "text to answer once; - asks for prompts", none="-")
     system: str = knob("", "instructions in front of the conversation")
     style: str = knob(
@@ -169,7 +170,7 @@ class Chat:
 
 def chat(config: ChatConfig) -> dict[str, Any]:
     """Load the model, answer once or converse; the record of it. Raises UserError for what cannot be loaded or answered."""
-    loaded = load(config.checkpoint, pick_device(config.device))
+    loaded = load(config.checkpoint or source_path(config.source), pick_device(config.device))
     began = time.perf_counter()
     made = Chat(config, loaded)
     if config.prompt is None:

@@ -20,6 +20,7 @@ from bio_inspired_nanochat.engine import generate_batch, load
 from bio_inspired_nanochat.evaluation import Bpb, bits_per_byte
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.tokenizer import Tokenizer
+from bio_inspired_nanochat.training.lesson import Lesson
 from bio_inspired_nanochat.training.plan import Plan
 from bio_inspired_nanochat.training.rounds import Curve
 
@@ -61,7 +62,8 @@ class Synapses:
 @dataclass
 class Findings:
     """Everything that the report shows. name: of the run's folders; data: the text in words; machine: the device in words; command:
-    what reproduces it; folder: where the report goes; val_tokens: of the evaluations during training; seconds: of everything.
+    what reproduces it; folder: where the report goes; val_tokens: of the evaluations during training; lesson: the fine-tuning for chat,
+    where there was one; seconds: of everything.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Findings:
     vanilla: Outcome
     synaptic: Outcome
     synapses: Synapses
+    lesson: Lesson | None = None
     seconds: float = 0.0
 
     @property

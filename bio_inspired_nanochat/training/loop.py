@@ -8,89 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from bio_inspired_nanochat.common import Rank
-from bio_inspired_nanochat.engine import generate_batch
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.bpb import bits_per_byte, evaluating
-from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.optim import Optimizer
 from bio_inspired_nanochat.structural import LineageLog
-from bio_inspired_nanochat.synaptic import Probe, Routing
-from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
 from bio_inspired_nanochat.training.clock import Clock, wait_for_device
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, peak_memory_gib, total_memory
-from bio_inspired_nanochat.training.loopstate import Progress
+from bio_inspired_nanochat.training.job import Job, Objective
 from bio_inspired_nanochat.training.parallel import Engine, held, sleep_on, whole_model
-from bio_inspired_nanochat.training.plan import Plan
 from bio_inspired_nanochat.training.ranks import on_rank0
 
-SAMPLE_PROMPTS = ("The", "Once upon a time", "A: Hello, how are you?\nB:")
-SAMPLE_TOKENS = 32
 MAX_UNREAD = 100  # steps whose losses may stay on the device when nothing is logged
-
-
-class Loader(Protocol):
-    """What the loop needs of a data loader; `PackedLoader` has it."""
-
-    wait_seconds: float
-
-    @property
-    def epoch(self) -> int: ...
-
-    def next_batch(self) -> tuple[Tensor, Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-
-class Objective(nn.Module):
-    """The model as a function from a batch to what training minimises, the form that `parallel.Engine` calls."""
-
-    def __init__(self, model: GPT, seed: int = 0) -> None:
-        super().__init__()
-        self.model, self.seed = model, seed
-
-    def forward(
-        self, idx: Tensor, targets: Tensor, step: int = 0, first_row: int = 0, probes: list[Probe] | None = None
-    ) -> tuple[Tensor, Tensor, list[Routing] | None]:
-        """idx and targets [B,T] to the mean loss plus auxiliary losses, the mean loss alone, in nats, and what experts did.
-
-        step and first_row (index of the first row in the whole step's batch) say which stochastic release is drawn, so the
-        draws do not depend on how a batch is cut into micro-batches and ranks.
-        """
-        rows = torch.arange(first_row, first_row + idx.shape[0], device=idx.device)
-        where = {"noise_seed": self.seed, "noise_step": step, "sequence_ids": rows}
-        out = self.model.run(idx, targets, **where, routing=probes is not None, probes=probes)
-        return out.loss if out.aux is None else out.loss + out.aux, out.loss.detach(), out.routing
-
-
-@dataclass
-class Job:
-    """Everything that one run works with. `save` writes a checkpoint of the progress and returns its path on rank 0; it is collective."""
-
-    plan: Plan
-    device: torch.device
-    rank: Rank
-    model: GPT
-    optimizer: Optimizer
-    loader: Loader
-    val_loader: Callable[[], Loader]
-    tokenizer: Tokenizer
-    progress: Progress
-    save: Callable[[Job], Path | None]
-    log_dir: Path | None = None
-    resumed_from: Path | None = None
 
 
 class Trainer:
@@ -122,7 +59,8 @@ class Trainer:
     def _experts(self) -> ExpertKeeper | None:
         if not self.job.model.experts():
             return None
-        log = LineageLog(self.job.log_dir) if self.job.log_dir is not None and self.job.rank.first else None
+        kept = self.job.log_dir is not None and self.job.rank.first and self.job.origin is None
+        log = LineageLog(self.job.log_dir) if kept else None
         if log is not None and self.start_step:
             log.resume(self.start_step)
         elif log is not None:
@@ -195,10 +133,10 @@ class Trainer:
     def _update(self) -> None:
         """One optimizer step. The gradient is the mean over micro-batches and ranks; the loss stays on the device."""
         total: Tensor | None = None
-        for micro in range(self.plan.accumulation):
-            idx, targets = self._to_device(*self.job.loader.next_batch())
+        for micro, (idx, targets, divisor) in enumerate(self.job.batches()):
+            idx, targets = self._to_device(idx, targets)
             with self.engine.micro_batch(last=micro == self.plan.accumulation - 1):
-                loss = self._backward(idx, targets, micro)
+                loss = self._backward(idx, targets, micro, divisor)
             total = loss if total is None else total + loss
             self._last_batch = idx
         assert total is not None
@@ -210,16 +148,16 @@ class Trainer:
             self.keeper.after_step(self.progress.step + 1, idx, targets)
         self._unread.append(torch.stack([total.float(), norm.float()]))
 
-    def _backward(self, idx: Tensor, targets: Tensor, micro: int) -> Tensor:
-        """Forward and backward of one micro-batch; its share of the loss. Both may be what the compiler fails at."""
+    def _backward(self, idx: Tensor, targets: Tensor, micro: int, divisor: float) -> Tensor:
+        """Forward and backward of one micro-batch; its share of the loss (see `Job.batches`). Both may be what the compiler fails at."""
         first_row = (micro * self.job.rank.world + self.job.rank.index) * idx.shape[0]
         try:
             probes = None if self.keeper is None else self.keeper.probes()
             objective, loss, routing = self.engine(idx, targets, self.progress.step, first_row, probes)
             if self.keeper is not None:
                 self.keeper.add(routing)
-            (objective / self.plan.accumulation).backward()
-            return loss / self.plan.accumulation
+            (objective / divisor).backward()
+            return loss / divisor
         except FloatingPointError as error:
             raise guards.not_finite(self.progress.step + 1, f"drive of the synapses ({error}) is", self._last_saved()) from error
         except RuntimeError as error:
@@ -345,18 +283,7 @@ class Trainer:
         if self.config.sample_every <= 0 or not self.callbacks:
             return
         model = whole_model(self.job.model)
-        on_rank0(lambda: self._tell("on_sample", self.progress.step, self._texts(model)))
-
-    def _texts(self, model: GPT) -> list[str]:
-        tokenizer, room = self.job.tokenizer, self.plan.model.sequence_len - 2
-        prompts = [tokenizer.encode(text, bos=True)[:room] for text in SAMPLE_PROMPTS]
-        tokens = [list(prompt) for prompt in prompts]
-        with evaluating(model):
-            made = generate_batch(model, prompts, SAMPLE_TOKENS, seed=self.config.seed, top_k=50, stop_ids=[tokenizer.bos_id])
-            for item in made:
-                for row, token in enumerate(item):
-                    tokens[row] += [] if token is None else [token]
-        return [tokenizer.decode(row[1:]) for row in tokens]
+        on_rank0(lambda: self._tell("on_sample", self.progress.step, self.job.sample(model)))
 
     # --- the end -----------------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ _BATCH_EXPONENT = 0.383
 class Plan:
     """A run with nothing left open. `config` holds concrete numbers; accumulation: forwards per rank and optimizer step.
 
-    tokens_per_step: over all ranks; params: learned values; flops_per_token: forward and backward.
+    tokens_per_step: over all ranks; params: learned values; flops_per_token: forward and backward; row_tokens: of a row where it is
+    shorter than the context of the model (0: it is not).
     """
 
     config: TrainConfig
@@ -37,6 +38,12 @@ class Plan:
     tokens_per_step: int
     params: int
     flops_per_token: int
+    row_tokens: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens T of a row."""
+        return self.row_tokens or self.model.sequence_len
 
     @property
     def rows(self) -> int:
@@ -47,7 +54,7 @@ class Plan:
     def eval_rows(self) -> int:
         """Rows per rank of one evaluation: the same tokens for every batch size; 0 for no evaluation."""
         tokens = self.config.eval_tokens or 0
-        return -(-tokens // (self.model.sequence_len * self.world))
+        return -(-tokens // (self.length * self.world))
 
     def memory_gib(self) -> float:
         """Estimated need of one device."""
@@ -66,7 +73,7 @@ class Plan:
             else ""
         )
         size = f"{model.n_layer} layers x {model.n_embd}, {heads}, context {model.sequence_len}, vocabulary {model.vocab_size}{experts}"
-        batch = f"{self.rows} rows x {model.sequence_len} tokens x {self.world} processes x {self.accumulation} accumulated"
+        batch = f"{self.rows} rows x {self.length} tokens x {self.world} processes x {self.accumulation} accumulated"
         return [
             f"model: {kind}, {size}, {self.params:,} parameters, {self.flops_per_token:.3g} FLOPs per token",
             f"batch: {self.tokens_per_step:,} tokens = {batch}; {self.steps:,} steps, {total:,} tokens ({total / self.params:.2g} per parameter)",
@@ -80,7 +87,7 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
     config = fill_defaults(config, device)
     assert config.vocab_size is not None and config.tokens_per_param is not None
     shape = model_config(config, vocab_size or config.vocab_size, bos_token_id)
-    dtype = _dtype(config, device)
+    dtype = given_dtype(config, device)
     with torch.device("meta"):
         model = GPT(shape)
     params = model.num_params()
@@ -89,7 +96,7 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
     if config.device_batch_size is None and config.total_batch_size is not None:
         rows = max(1, min(rows, config.total_batch_size // (shape.sequence_len * world)))
     total = config.total_batch_size or _batch_tokens(config, device, target, rows * shape.sequence_len * world)
-    accumulation, tokens = _whole_forwards(total, rows, shape.sequence_len, world, told=config.total_batch_size is not None)
+    accumulation, tokens = whole_forwards(total, rows, shape.sequence_len, world, told=config.total_batch_size is not None)
     steps = config.num_iterations or max(1, round(target / tokens))
     config = dataclasses.replace(
         config, vocab_size=shape.vocab_size, device_batch_size=rows, total_batch_size=tokens, num_iterations=steps, n_embd=shape.n_embd
@@ -104,7 +111,8 @@ def _dense_params(model: GPT) -> int:
     return sum(active_size(model.config, name, parameter) for name, parameter in named if roles[name] in ("matrix", "head"))
 
 
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def given_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations that the config asks for."""
     return compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
@@ -122,7 +130,7 @@ def _batch_tokens(config: TrainConfig, device: torch.device, target: int, forwar
     return max(forward, 1 << round(torch.tensor(ideal).log2().item()))
 
 
-def _whole_forwards(total: int, rows: int, length: int, world: int, told: bool) -> tuple[int, int]:
+def whole_forwards(total: int, rows: int, length: int, world: int, told: bool) -> tuple[int, int]:
     """(forwards per rank, tokens per step) nearest to `total` tokens; says so when that is another number."""
     forward = rows * length * world
     accumulation = max(1, round(total / forward))

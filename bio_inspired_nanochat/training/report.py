@@ -14,6 +14,7 @@ from bio_inspired_nanochat.common import write_atomic
 from bio_inspired_nanochat.common.console import duration
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training.comparison import KINDS, Findings, Outcome, difference, pooled
+from bio_inspired_nanochat.training.lesson import SHOWN
 from bio_inspired_nanochat.training.pictures import GAIN_TITLES, TIMES, draw_loss, draw_synapses
 
 PICTURES = "report_files"
@@ -83,7 +84,7 @@ def _ratio(found: Findings, name: str) -> str:
 
 def report_text(found: Findings) -> str:
     """The page as Markdown."""
-    parts = [_head(found), _synapses(found), _samples(found), _circumstances(found)]
+    parts = [_head(found), _synapses(found), _samples(found), _lesson(found), _circumstances(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -172,6 +173,23 @@ def _samples(found: Findings) -> str:
         lines += ["", f"**{kind}**"]
         for prompt, text in outcome.samples:
             lines += ["", *quote(prompt + text)]
+    return "\n".join(lines)
+
+
+def _lesson(found: Findings) -> str:
+    lesson = found.lesson
+    if lesson is None:
+        return ""
+    record = lesson.record
+    what = (
+        f"The synaptic model was then tuned on the embedded conversations for {record['steps']:,} steps ({record['tokens']:,} tokens, "
+        f"{duration(record['seconds'])}). {lesson.ended} of its answers to {len(lesson.answers)} prompts, none of which it was taught, end "
+        "with the end token; whether they make sense is another question."
+    )
+    command = f"python -m scripts.chat_cli --source={record['checkpoint']}"
+    lines = ["## Talk to it", "", what, "", "```bash", command, "```"]
+    for answer in lesson.answers[:SHOWN]:
+        lines += ["", *quote(f"{answer.prompt}\n> {answer.text}")]
     return "\n".join(lines)
 
 

@@ -145,7 +145,7 @@ def train_in_turns(
             break
         before = shares[number - 1] if number else 0.0
         stop = min(steps, max(step + 1, step + round((steps - step) * (share - before) / (1 - before))))
-        say(f"[3/4] round {number + 1} of {len(shares)}: steps {step + 1} to {stop} of {steps}")
+        say(f"[3/5] round {number + 1} of {len(shares)}: steps {step + 1} to {stop} of {steps}")
         try:
             for i, entrant in enumerate(entrants):
                 left, rest = deadline - time.perf_counter(), [other.pace for other in entrants[i:]]

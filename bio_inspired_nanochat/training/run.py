@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bio_inspired_nanochat.checkpoint import Checkpoint, load_checkpoint, load_o
 from bio_inspired_nanochat.common import Rank, pick_device, say, whole_tree
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
+from bio_inspired_nanochat.engine.conversation import TUNED
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.injection import START
@@ -27,7 +28,8 @@ from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
 from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults
 from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_memory_gib, total_memory
-from bio_inspired_nanochat.training.loop import Job, Trainer
+from bio_inspired_nanochat.training.job import Job
+from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Progress, restore_rng, rng_state
 from bio_inspired_nanochat.training.parallel import load_weights, shard
 from bio_inspired_nanochat.training.plan import Plan, given_fields, inherit, make_plan
@@ -129,8 +131,10 @@ def build_model(plan: Plan, device: torch.device) -> GPT:
 # --- checkpoints -----------------------------------------------------------------------------------------------------------------
 
 
-def save(job: Job, folder: Path) -> Path | None:
+def save(job: Job, folder: Path, about: Mapping[str, Any] | None = None) -> Path | None:
     """Write a checkpoint of a job into the run's folder. Collective; rank 0 writes and returns the path.
+
+    about: metadata that replaces or joins what is written of a pre-training.
 
     Optimizer states are equal on all ranks, so one is stored; what FSDP has divided is gathered first, so the files do not depend on
     `--parallel`. The position in the data and the random generators are each rank's own.
@@ -142,7 +146,7 @@ def save(job: Job, folder: Path) -> Path | None:
         "model_config": to_dict(job.plan.model),
         "train_config": to_dict(job.plan.config),
         "loop": {"progress": job.progress.to_meta(), "ranks": ranks, "tokens_per_step": job.plan.tokens_per_step},
-    }
+    } | dict(about or {})
 
     state = whole_tree({name: value.detach() for name, value in job.model.state_dict().items()})
     optimizer = whole_tree(job.optimizer.state_dict())
@@ -191,6 +195,8 @@ def _check_world(saved: Checkpoint, before: int, now: int) -> None:
 
 def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> TrainConfig:
     stored = saved.meta.get("train_config")
+    if saved.meta.get("kind") == TUNED:
+        raise UserError(f"checkpoint {saved.path} is of a fine-tuning: go on with python -m scripts.chat_sft --resume={saved.path}")
     if not isinstance(stored, dict):
         raise UserError(f"checkpoint {saved.path} holds no train_config: it was not written by base_train")
     return from_dict(TrainConfig, inherit(config, given, stored))

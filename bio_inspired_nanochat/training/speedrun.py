@@ -31,6 +31,7 @@ from bio_inspired_nanochat.training.callbacks import Callback
 from bio_inspired_nanochat.training.comparison import KINDS, Findings, Outcome, compare, difference
 from bio_inspired_nanochat.training.config import TrainConfig
 from bio_inspired_nanochat.training.folders import checkpoint_root
+from bio_inspired_nanochat.training.lesson import seconds_for, teach
 from bio_inspired_nanochat.training.pace import Budget, Pace, check_feasible, make_budget, measure
 from bio_inspired_nanochat.training.plan import Plan, make_plan
 from bio_inspired_nanochat.training.report import table_rows, with_error, write_report
@@ -38,6 +39,7 @@ from bio_inspired_nanochat.training.rounds import Entrant, train_in_turns
 
 VARIABLES = {"depth": "SPEEDRUN_DEPTH", "minutes": "SPEEDRUN_MINUTES", "data": "SPEEDRUN_DATA"}
 AFTER_SECONDS = 25.0  # samples, pictures, report and two checkpoints on a busy machine
+ASKING = 1.4  # seconds of the lesson for each of its training: start, checkpoint and questions
 MOST_EPOCHS = 4  # passes over the training text; more would only learn it by heart
 COMPILE_MINUTES = 3.0  # below this, torch.compile costs a GPU more time than it saves
 # On two CPU cores the lowest bits per byte in 10 minutes, of depth 3 and 4, vocabulary 2048 and 4096, and 4 and 8 rows.
@@ -69,6 +71,9 @@ class SpeedrunConfig:
     max_steps: int | None = knob(
         None, "never more optimizer steps than this; auto follows from the time", lo=1, hi=1 << 40, aliases=("num_iterations",)
     )
+    lesson_steps: int | None = knob(
+        None, "optimizer steps of the fine-tuning for chat; auto follows from the time, 0 leaves it out", lo=0, hi=1 << 40, off=0
+    )
     log_dir: str = knob("runs", "folder that gets the logs of both runs and the folder of the report")
     report: str = knob("report.md", "where a copy of the report goes, its pictures into report_files/ beside it")
 
@@ -87,7 +92,7 @@ def read_config(argv: Sequence[str] | None, environ: Mapping[str, str], prog: st
                 raise UserError(str(error).replace(f"--{name}=", f"{variable}=")) from None
             words.append(f"--{name}={value}")
     description = (
-        "Train a vanilla and a synaptic model of one size on the same text and compare them, in at most 10 minutes. "
+        "Train a vanilla and a synaptic model of one size on the same text, compare them and teach the synaptic one to chat, in at most 10 minutes. "
         f"The variables {', '.join(VARIABLES.values())} set the defaults of the flags of that name."
     )
     typed = sys.argv[1:] if argv is None else argv
@@ -105,7 +110,7 @@ def speedrun(config: SpeedrunConfig, callbacks: Callable[[], list[Callback]] = l
     if this_rank().world > 1:
         raise UserError(f"the speedrun is one process, this launch has {this_rank().world}: start it without torchrun")
     device = pick_device(config.device)
-    say("[1/4] text and tokenizer")
+    say("[1/5] text and tokenizer")
     folder = data_folder(config.data)
     source = resolve_data(folder)
     base = base_config(config, device, folder)
@@ -113,14 +118,15 @@ def speedrun(config: SpeedrunConfig, callbacks: Callable[[], list[Callback]] = l
     tokenizer = ensure_tokenizer(source, base.vocab_size)
     base = dataclasses.replace(base, tokenizer=str(tokenizer_path(source, base.vocab_size)))
     plans = same_plans(base, config.syn_preset, device, tokenizer)
-    say(f"[2/4] pace of both models on {device_name(device)}")
+    say(f"[2/5] pace of both models on {device_name(device)}")
     plans, paces = measure_both(plans, device, config.minutes)
     left = 60 * config.minutes - (time.perf_counter() - began)
     train_tokens, val_tokens = (estimated_tokens(source, split, tokenizer) for split in ("train", "val"))
     read = max(1, int(MOST_EPOCHS * train_tokens / plans[0].tokens_per_step))
     most = config.max_steps or read
     batch = plans[0].rows * plans[0].model.sequence_len
-    budget = make_budget(left, min(AFTER_SECONDS, 0.35 * left), paces, batch, most, val_tokens)
+    lesson_seconds = 0.0 if config.lesson_steps == 0 else seconds_for(config.minutes, paces[1].step)
+    budget = make_budget(left, min(AFTER_SECONDS + ASKING * lesson_seconds, 0.35 * left), paces, batch, most, val_tokens)
     _announce(plans, paces, budget, None if config.max_steps else read)
     name = run_name(config, plans[0])
     entrants = [Entrant(kind, plan, f"{name}-{kind}", pace.step) for kind, plan, pace in zip(KINDS, plans, paces, strict=True)]
@@ -128,8 +134,13 @@ def speedrun(config: SpeedrunConfig, callbacks: Callable[[], list[Callback]] = l
     outcomes = [Outcome(entrant.plan, entrant.record(), entrant.curve) for entrant in entrants if entrant.rounds]
     if signal:
         return _interrupted(outcomes, signal)
-    say("[4/4] validation, samples, report")
+    say("[4/5] validation and samples")
     synapses = compare(outcomes, source, tokenizer, budget.eval_tokens, config.seed, own_text=config.data is not None)
+    lesson = None
+    if lesson_seconds:
+        say("[5/5] a lesson in conversation for the synaptic model")
+        places = {"name": f"{name}-chat", "device": device.type, "seed": config.seed, "log_dir": config.log_dir}
+        lesson = teach(outcomes[1].record["checkpoint"], lesson_seconds, config.lesson_steps, callbacks(), **places)
     found = Findings(
         name=name,
         data=config.data or "the embedded demo corpus",
@@ -141,6 +152,7 @@ def speedrun(config: SpeedrunConfig, callbacks: Callable[[], list[Callback]] = l
         vanilla=outcomes[0],
         synaptic=outcomes[1],
         synapses=synapses,
+        lesson=lesson,
         seconds=time.perf_counter() - began,
     )
     return _conclude(found, write_report(found, Path(config.report).expanduser()))
@@ -268,9 +280,17 @@ def _conclude(found: Findings, report: Path) -> dict[str, Any]:
         say(f"\n{kind} writes:")
         for prompt, text in outcome.samples:
             say("  " + (prompt + text).strip().replace("\n", "\n  "))
+    if found.lesson is not None:
+        say("\nafter its lesson it answers:")
+        for answer in found.lesson.answers[:3]:
+            say(f"  {answer.prompt} -> {answer.text}")
+        say(f"{found.lesson.ended} of {len(found.lesson.answers)} answers end with the end token")
     say(f"\nreport: {report}, and {found.folder / 'report.md'}; {duration(found.seconds)} in all")
     say("\nnext, type one of these:")
-    say(f'  {python()} -m scripts.chat_cli --checkpoint={found.synaptic.record["checkpoint"]} --prompt="A: Hello"')
+    if found.lesson is not None:
+        say(f"  {python()} -m scripts.chat_cli --source={found.lesson.record['checkpoint']}        (talk to it)")
+        say(f"  {python()} -m scripts.chat_web --source={found.lesson.record['checkpoint']}        (in the browser)")
+    say(f'  {python()} -m scripts.chat_cli --checkpoint={found.synaptic.record["checkpoint"]} --prompt="Once upon a time"')
     say(f"  {python()} -m tensorboard.main --logdir {found.folder.parent}")
     say("  SPEEDRUN_DATA=your_text.txt bash speedrun.sh        (train on your own text)")
     val = difference(found.synaptic.blocks, found.synapses.zeroed)[0]
@@ -280,7 +300,7 @@ def _conclude(found: Findings, report: Path) -> dict[str, Any]:
         "seconds": round(found.seconds, 1),
         "report": str(report),
         "log_dir": str(found.folder.parent),
-    }
+    } | ({} if found.lesson is None else found.lesson.closing())
 
 
 def command(config: SpeedrunConfig, outcomes: Sequence[Outcome]) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -165,7 +165,7 @@ async def _stream(completion: Completion, watch: asyncio.Task, log: Callable[[di
             break
         lines = []
         looks: dict[str, Any] = {"vitals": event.vitals} if event.vitals is not None else {}
-        for piece in event.pieces or (NOTHING,) * bool(looks):
+        for piece in joined(event.pieces) or (NOTHING,) * bool(looks):
             extension, looks = looks, {}
             if piece.uncertainty is not None:
                 extension["uncertainty"] = round(piece.uncertainty, 5)
@@ -186,6 +186,22 @@ async def _stream(completion: Completion, watch: asyncio.Task, log: Callable[[di
             yield _line(head | {"choices": [], "usage": completion.usage()})
         log({"request": completion.body.model_dump(exclude_none=True), "answers": completion.texts})
     yield b"data: [DONE]\n\n"
+
+
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbouring pieces of plain text of one answer as one, so that they make one record. Token ids are kept by `Completion.note`."""
+    found: list[Piece] = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        if last is not None and (last.answer, last.tool, last.uncertainty) == (piece.answer, "", None) == (
+            piece.answer,
+            piece.tool,
+            piece.uncertainty,
+        ):
+            found[-1] = last._replace(text=last.text + piece.text)
+        else:
+            found.append(piece)
+    return found
 
 
 def _choice(answer: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from pathlib import Path
 
-from bio_inspired_nanochat.common import base_dir
 from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.engine import source_path
 from bio_inspired_nanochat.errors import UserError
-
-TUNED_FOLDER = "sft_checkpoints"  # beside `checkpoints`, where base_train writes
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,7 @@ class WebConfig:
 
     def checkpoint(self) -> str | None:
         """The path of `source` for `engine.load`; None is the newest base model. Raises UserError when there is none."""
-        if self.source == "base":
-            return None
-        if self.source == "sft":
-            folder = base_dir() / TUNED_FOLDER
-            if not folder.exists():
-                raise UserError(f"--source=sft: there is no fine-tuned model under {folder} yet: use --source=base or a path")
-            return str(folder)
-        if not Path(self.source).exists():
-            raise UserError(f"--source={self.source} does not exist: give base, sft or the path of a checkpoint")
-        return self.source
+        return source_path(self.source)
 
 
 def is_loopback(host: str) -> bool:

@@ -38,7 +38,7 @@ def serve(config: WebConfig) -> dict[str, Any]:
     """Serve until asked to stop; the record of the run. Raises UserError when the port cannot be had or the model not be loaded."""
     config.checkpoint()
     app = make_app(config)
-    with _listening(config) as listener:
+    with listening(config) as listener:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         settings = uvicorn.Config(
@@ -69,7 +69,7 @@ def _announce(worker: Any, server: _Server, url: str, config: WebConfig) -> None
     server.should_exit = True
 
 
-def _listening(config: WebConfig) -> socket.socket:
+def listening(config: WebConfig) -> socket.socket:
     """A bound socket. Raises UserError when it cannot be had."""
     host = config.host.strip("[]")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

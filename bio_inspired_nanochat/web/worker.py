@@ -20,7 +20,7 @@ from bio_inspired_nanochat.engine import Loaded, Piece, Reply, ReplyOptions, sto
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.web.memory import MemoryStore
 
-GATHER = 0.02  # seconds: pieces that come faster travel together, because waking the event loop costs the worker time
+GATHER = 0.04  # seconds: pieces that come faster travel together, because waking the event loop costs the worker time
 STOPPING = "the server is stopping"
 
 

@@ -45,6 +45,7 @@ KINDS = {
     "synaptic": {"synapses": True},
     "fast": {"synapses": True, "syn_cfg": dataclasses.replace(SynapticConfig(), hebb="delta")},
     "experts": EXPERTS,
+    "masked": {"masked": True},
     "life": {**LIVING, "num_iterations": 6, "log_every": 1},
 }
 
@@ -55,14 +56,19 @@ class Numbered:
     wait_seconds = 0.0
     epoch = 0
 
-    def __init__(self, rank: Rank, rows: int, length: int, vocabulary: int) -> None:
+    def __init__(self, rank: Rank, rows: int, length: int, vocabulary: int, masked: bool = False) -> None:
         self.rows, self.length, self.vocabulary, self.world, self.next = rows, length, vocabulary, rank.world, rank.index
+        self.masked = masked
 
     def next_batch(self):
         first = self.next * self.rows
         self.next += self.world
         tokens = torch.stack([self._row(number) for number in range(first, first + self.rows)])
-        return tokens[:, :-1], tokens[:, 1:].contiguous()
+        targets = tokens[:, 1:].contiguous()
+        if self.masked:  # rows with 1 to all targets
+            for place, number in enumerate(range(first, first + self.rows)):
+                targets[place, 1 + number * 7 % self.length :] = -1
+        return tokens[:, :-1], targets
 
     def _row(self, number: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(number)
@@ -82,7 +88,7 @@ class Record(Callback):
         self.losses.append(record.loss)
 
 
-def job(rank: Rank, rows: int, total: int = GLOBAL_ROWS, **changes) -> Job:
+def job(rank: Rank, rows: int, total: int = GLOBAL_ROWS, masked: bool = False, **changes) -> Job:
     """A job without data or files: `rows` rows per forward, `total` per step."""
     batch = {"device_batch_size": rows, "total_batch_size": total * SMALL["max_seq_len"]}
     config = TrainConfig(**{**SMALL, "log_every": 1, **changes, **batch})
@@ -99,11 +105,12 @@ def job(rank: Rank, rows: int, total: int = GLOBAL_ROWS, **changes) -> Job:
         rank=rank,
         model=model,
         optimizer=optimizer,
-        loader=Numbered(*shape),
+        loader=Numbered(*shape, masked),
         val_loader=lambda: Numbered(*shape),
         tokenizer=SimpleNamespace(token_bytes=lambda: [1] * plan.model.vocab_size),
         progress=Progress(),
         save=lambda _: Path("nowhere"),
+        masked=masked,
     )
 
 

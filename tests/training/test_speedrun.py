@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from bio_inspired_nanochat.checkpoint import load_checkpoint
 from bio_inspired_nanochat.data import resolve_data
+from bio_inspired_nanochat.engine import load, style_of
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.training import Callback, speedrun
+from bio_inspired_nanochat.training.lesson import seconds_for
 from bio_inspired_nanochat.training.pace import FEWEST_STEPS, Pace, make_budget
 from bio_inspired_nanochat.training.rounds import FEW_ROUNDS, ROUNDS
 from scripts.speedrun import main
@@ -50,7 +53,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder / "base"))
         patch.chdir(folder)
-        main([*TINY, f"--data={text}", f"--max_steps={STEPS}"])
+        main([*TINY, f"--data={text}", f"--max_steps={STEPS}", "--lesson_steps=3"])
     *lines, last = shown.getvalue().splitlines()
     return Done(folder, lines, json.loads(last))
 
@@ -103,6 +106,11 @@ def test_tensorboard_has_both_runs(done: Done) -> None:
         assert list((done.folder / "runs" / f"speedrun-d2-{kind}").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(("pace", "share"), [(1e-3, 0.05), (0.3, 150 * 0.3 / 570), (10.0, 0.2)])
+def test_the_lesson_gets_time_for_its_steps_within_a_share_of_the_minutes(pace: float, share: float) -> None:
+    assert seconds_for(9.5, pace) == pytest.approx(share * 570)
+
+
 def test_the_tokenizer_is_trained_once_also_where_the_text_supports_fewer_ids_than_wanted(done: Done) -> None:
     assert sum(line.startswith("tokenizer: ") for line in done.lines) == 1
     (tokenizer,) = (done.folder / "base" / "tokenizers").glob("*/tokenizer.json")
@@ -111,9 +119,21 @@ def test_the_tokenizer_is_trained_once_also_where_the_text_supports_fewer_ids_th
 
 def test_output_shows_table_samples_and_what_to_type_next(done: Done) -> None:
     shown = "\n".join(done.lines)
-    assert all(text in shown for text in ("[1/4]", "[4/4]", "validation, bits per byte", "vanilla writes:", "synaptic writes:"))
+    assert all(text in shown for text in ("[1/5]", "[5/5]", "validation, bits per byte", "vanilla writes:", "synaptic writes:"))
     after = shown[shown.index("next, type") :]
-    assert f"scripts.chat_cli --checkpoint={done.record['synaptic']['checkpoint']}" in after and "--logdir runs" in after
+    assert f"scripts.chat_cli --source={done.record['chat']['checkpoint']}" in after and "--logdir runs" in after
+    assert f"scripts.chat_cli --checkpoint={done.record['synaptic']['checkpoint']}" in after
+
+
+def test_the_synaptic_model_is_taught_to_chat_and_asked(done: Done) -> None:
+    chat = done.record["chat"]
+    loaded = load(chat["checkpoint"], torch.device("cpu"))
+    base = load_checkpoint(done.record["synaptic"]["checkpoint"])
+    assert style_of(loaded.meta) == "chat" and loaded.meta["sft_source"] == str(base.path)
+    assert loaded.meta["model_config"] == base.meta["model_config"]
+    assert 0 < chat["steps"] and 0 <= chat["ended"] <= chat["prompts"] <= 50
+    page = (done.folder / "report.md").read_text()
+    assert f"{chat['ended']} of its answers to {chat['prompts']} prompts" in page and chat["checkpoint"] in page
 
 
 def test_last_validation_point_of_the_curve_is_the_value_in_the_table(done: Done) -> None:
