@@ -2,11 +2,14 @@
 //! `bio_inspired_nanochat._rust`. The definitions are the PyTorch references in `bio_inspired_nanochat/kernels`.
 
 pub mod decode;
+pub mod dot;
 pub mod layer;
 pub mod math;
+pub mod moe;
 pub mod parallel;
 pub mod prefill;
 pub mod presyn;
+pub mod route;
 pub mod simd;
 pub mod tile;
 
