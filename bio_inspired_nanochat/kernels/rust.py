@@ -26,6 +26,7 @@ _FIX = "run `bash scripts/env.sh` with a Rust toolchain on PATH"
 
 # What is called of the extension; sources change more often than versions.
 _NAMES = ("Terminals", "Layer", "advance", "run_terminals", "tick_drive", "attend", "phi")
+_NAMES += ("Router", "mix_experts", "routing_sums", "settle_accounts")
 
 
 @functools.cache

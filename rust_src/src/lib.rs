@@ -1,6 +1,7 @@
 //! CPU kernels of Bio-Inspired Nanochat: plain Rust functions and, with the `python` feature, the Python module
 //! `bio_inspired_nanochat._rust`. The definitions are the PyTorch references in `bio_inspired_nanochat/kernels`.
 
+pub mod accounts;
 pub mod decode;
 pub mod dot;
 pub mod layer;
@@ -15,3 +16,5 @@ pub mod tile;
 
 #[cfg(feature = "python")]
 mod python;
+#[cfg(feature = "python")]
+mod python_moe;

@@ -94,7 +94,9 @@ fn softmax(logits: &mut [f32]) {
 }
 
 impl Router {
-    fn slots(&self) -> usize {
+    /// Places for experts, E.
+    #[must_use]
+    pub fn slots(&self) -> usize {
         self.alive.len()
     }
 
