@@ -16,7 +16,7 @@ from bio_inspired_nanochat.kernels.rust import array
 from bio_inspired_nanochat.kernels.types import PresynParams
 
 # Up to here an even spread of the pairs leaves each expert so few rows that reading its matrices is the cost; above, PyTorch's products win.
-FEW_TOKENS = 16
+FEW_TOKENS = 32
 
 
 def obstacle(backend: str, x: Tensor, *others: Tensor) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import rust, rust_moe
+from bio_inspired_nanochat.synaptic.snapshot import Snapshot
 from bio_inspired_nanochat.synaptic.state import Chunk, LayerState
 
 READ = ("alive", "lead", "child", "energy", "balance", "blend", "tie")  # buffers of the accounts that a route depends on
@@ -24,7 +25,7 @@ MAPS = ("gate_probe", "gate_cargo")  # large parameters, which are read where th
 class _Prepared(NamedTuple):
     """What the extension holds of a layer, and the small parameters and buffers that it was made from."""
 
-    made_from: Tensor
+    made_from: Snapshot
     site: Any
 
 
@@ -67,11 +68,11 @@ def _prepare(layer: Any) -> Any:
     """The router as the extension holds it, made again whenever a small parameter or an account has another value."""
     values = [getattr(layer.accounts, name) for name in READ]
     if layer.synapse is not None:
-        values += [p.detach().flatten() for name, p in layer.synapse.named_parameters() if name not in MAPS]
-    now = torch.cat([value.float() for value in values])
+        owners = (layer.synapse, *layer.synapse.children())
+        values += [p for owner in owners for name, p in owner._parameters.items() if name not in MAPS]
     found = _PREPARED.get(layer)
-    if found is None or not torch.equal(found.made_from, now):
-        found = _PREPARED[layer] = _Prepared(now, _make(layer))
+    if found is None or not found.made_from.holds(values):
+        found = _PREPARED[layer] = _Prepared(Snapshot(values), _make(layer))
     return found.site
 
 
