@@ -12,6 +12,7 @@ pub mod prefill;
 pub mod presyn;
 pub mod route;
 pub mod simd;
+mod split;
 pub mod tile;
 
 #[cfg(feature = "python")]
