@@ -3,8 +3,11 @@
 //! The equations are those of `statistics` in `bio_inspired_nanochat/synaptic/moe.py` and of `structural/metabolism.py`. S tokens,
 //! k choices, E slots, D width, d size of an identity.
 
+use std::cmp::Ordering;
+
 use crate::parallel::{Shared, for_each};
-use crate::route::top_k;
+use crate::route::descending;
+use crate::simd::{Work, fastest};
 
 /// Columns that one item of work sums over all tokens.
 const COLUMNS: usize = 64;
@@ -64,11 +67,7 @@ impl Choices<'_> {
             let (first, stop) = (item * COLUMNS, self.width.min((item + 1) * COLUMNS));
             let mut totals = vec![0.0f64; (e + 1) * (stop - first)];
             let (all, own) = totals.split_at_mut(stop - first);
-            for (row, experts) in self.x.chunks_exact(self.width).zip(self.expert.chunks_exact(self.k)) {
-                let add = |to: &mut [f64]| to.iter_mut().zip(&row[first..stop]).for_each(|(to, &x)| *to += f64::from(x));
-                add(all);
-                experts.iter().for_each(|&i| add(&mut own[i * (stop - first)..(i + 1) * (stop - first)]));
-            }
+            fastest(Columns { choices: self, first, all, own });
             // SAFETY: each item has its own columns.
             unsafe { common.part(first..stop) }.iter_mut().zip(&*all).for_each(|(to, &sum)| *to = sum as f32);
             for (i, own) in own.chunks_exact(stop - first).enumerate() {
@@ -86,6 +85,7 @@ impl Choices<'_> {
         let (loads, rest) = counts.split_at_mut(e);
         let (demands, rest) = rest.split_at_mut(e);
         let (boths, pairs) = rest.split_at_mut(e);
+        let mut best = Vec::with_capacity(self.k);
         for token in 0..self.tokens() {
             let experts = &self.expert[token * self.k..(token + 1) * self.k];
             for &i in experts {
@@ -94,7 +94,7 @@ impl Choices<'_> {
             }
             let at = token * e..(token + 1) * e;
             let (bare, separate, winner) = (&self.bare[at.clone()], &self.separate[at.clone()], &self.winner[at]);
-            let (least, apart) = (kth(bare, self.k), kth(separate, self.k));
+            let (least, apart) = (kth(bare, self.k, &mut best), kth(separate, self.k, &mut best));
             for i in 0..e {
                 if bare[i] >= least {
                     demands[if winner[i] == i { i } else { self.child[i] }] += 1;
@@ -109,8 +109,43 @@ impl Choices<'_> {
     }
 }
 
-fn kth(scores: &[f32], k: usize) -> f32 {
-    scores[top_k(scores, k)[k - 1]]
+/// The k-th largest score; `best` is room for the k largest.
+fn kth(scores: &[f32], k: usize, best: &mut Vec<f32>) -> f32 {
+    best.clear();
+    for &score in scores {
+        let place = best.partition_point(|&other| descending(other, score) != Ordering::Greater);
+        if place < k {
+            best.truncate(k - 1);
+            best.insert(place, score);
+        }
+    }
+    best[k - 1]
+}
+
+/// Sums of the columns from `first` on over all tokens, and over those of each expert (`own`).
+struct Columns<'a> {
+    choices: &'a Choices<'a>,
+    first: usize,
+    all: &'a mut [f64],
+    own: &'a mut [f64],
+}
+
+impl Work for Columns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const F: bool>(self) {
+        let (width, size) = (self.choices.width, self.all.len());
+        let mut wide = [0.0f64; COLUMNS];
+        for (row, experts) in self.choices.x.chunks_exact(width).zip(self.choices.expert.chunks_exact(self.choices.k)) {
+            let wide = &mut wide[..size];
+            wide.iter_mut().zip(&row[self.first..self.first + size]).for_each(|(to, &x)| *to = f64::from(x));
+            self.all.iter_mut().zip(&*wide).for_each(|(to, x)| *to += x);
+            for &i in experts {
+                self.own[i * size..(i + 1) * size].iter_mut().zip(&*wide).for_each(|(to, x)| *to += x);
+            }
+        }
+    }
 }
 
 /// Rates of `Book::settle`.
@@ -287,6 +322,14 @@ impl Book<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kth_largest_counts_repetitions_and_nan_as_the_largest() {
+        let of = |scores: &[f32], k| kth(scores, k, &mut Vec::new());
+        assert_eq!((of(&[1.0, 3.0, 3.0, 2.0], 1), of(&[1.0, 3.0, 3.0, 2.0], 2), of(&[1.0, 3.0, 3.0, 2.0], 3)), (3.0, 3.0, 2.0));
+        assert_eq!((of(&[1.0, f32::NAN, 3.0], 2), of(&[2.0, f32::NEG_INFINITY], 2)), (3.0, f32::NEG_INFINITY));
+        assert!(of(&[1.0, f32::NAN], 1).is_nan());
+    }
 
     #[test]
     fn sums_are_those_of_the_tokens_whatever_the_threads() {

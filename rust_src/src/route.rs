@@ -74,12 +74,12 @@ fn rounded(x: f32) -> f32 {
 }
 
 /// NaN comes first, as in PyTorch's sorting.
-fn descending(a: f32, b: f32) -> Ordering {
+pub(crate) fn descending(a: f32, b: f32) -> Ordering {
     b.partial_cmp(&a).unwrap_or_else(|| b.is_nan().cmp(&a.is_nan()))
 }
 
 /// Indices of the k largest, largest first, equal ones by index.
-pub fn top_k(scores: &[f32], k: usize) -> Vec<usize> {
+fn top_k(scores: &[f32], k: usize) -> Vec<usize> {
     let mut places: Vec<usize> = (0..scores.len()).collect();
     places.sort_by(|&a, &b| descending(scores[a], scores[b]));
     places.truncate(k);
