@@ -298,6 +298,11 @@ def test_raw_calls_never_panic():
             module.mix_experts(site, matrices | matrices_, state | state_, tokens | tokens_, 1)
     with pytest.raises(ValueError, match="states"):
         module.mix_experts(site, matrices, None, tokens, 1)
+    fixed = single(1, 2, 3)
+    fixed.flags.writeable = False
+    for shared in (tokens | {"y": tokens["x"]}, tokens | {"y": fixed}):
+        with pytest.raises(TypeError):
+            module.mix_experts(site, matrices, state, shared, 1)
     module.routing_sums(route, sums, 2)
     for route_, sums_ in (
         ({"expert": np.full((6, 2), 4)}, {}),
