@@ -368,4 +368,47 @@ mod tests {
             Sums { load: &mut [], demand: &mut [], gates: &mut [], both: &mut [], together: &mut [], inputs: &mut [], common: &mut [] };
         assert!(choices.sum(empty, 1).is_err());
     }
+
+    #[test]
+    fn any_stream_of_statistics_keeps_the_invariants() {
+        let (e, width) = (5, 3);
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 24) as f32
+        };
+        let (alive, lead, child) = ([true, true, true, true, false], [0, 1, 2, 1, 4], [0, 3, 2, 3, 4]);
+        let mut all = vec![0.0f32; 7 * e + e * e + e * width + width];
+        let (mut age, mut identity, mut rows) = ([0i64; 5], vec![0.0f32; e * 4], vec![0.0f32; e * width]);
+        identity.iter_mut().chain(&mut rows).for_each(|x| *x = random() - 0.5);
+        for _ in 0..300 {
+            let (short, rest) = all.split_at_mut(7 * e);
+            let [energy, balance, blend, tie, load, demand, both] = short.chunks_mut(e).collect::<Vec<_>>().try_into().unwrap();
+            let (together, rest) = rest.split_at_mut(e * e);
+            let (inputs, common) = rest.split_at_mut(e * width);
+            let tokens = if random() < 0.3 { 1.0 } else { 1e4 * random() + 1.0 };
+            let some = |n: usize, random: &mut dyn FnMut() -> f32| -> Vec<f32> {
+                (0..n).map(|_| if random() < 0.3 { 0.0 } else { (tokens * random()).floor() }).collect()
+            };
+            let (load_, demand_, both_) = (some(e, &mut random), some(e, &mut random), some(e, &mut random));
+            let together_: Vec<f32> = (0..e * e).map(|at| load_[at / e] * random()).collect();
+            let inputs_: Vec<f32> = (0..e * width).map(|at| load_[at / width] * (random() - 0.5)).collect();
+            let common_ = some(width, &mut random);
+            let step =
+                Step { tokens, load: &load_, demand: &demand_, both: &both_, together: &together_, inputs: &inputs_, common: &common_ };
+            let (k, bank_rate, bank_decay, balance_rate) = (2.0, random(), random(), random());
+            let rates = Rates { k, bank_rate, bank_decay, balance_rate, youth: 20.0, average: 0.05, tie_rate: 0.05 };
+            let (alive, lead, child, age) = (&alive[..], &lead[..], &child[..], &mut age[..]);
+            let mut book = Book { alive, lead, child, age, energy, balance, blend, tie, load, demand, both, together, inputs, common };
+            book.settle(&step, &rates).unwrap();
+            book.contrast(&mut identity, 0.1, 0.1).unwrap();
+            book.estrange(&mut rows, 0.01).unwrap();
+            assert!(book.energy.iter().all(|energy| (0.0..=1.0).contains(energy)) && book.energy[4] == 0.5);
+            assert!(book.blend.iter().all(|blend| (0.0..=1.0).contains(blend)));
+            let [a, b, c] = [0, 1, 2].map(|i| book.balance[i]);
+            assert!((a + b + c).abs() < 1e-3 && book.balance[3..] == [0.0, 0.0], "{:?}", book.balance);
+        }
+        assert_eq!((age, all[2 * e + 1]), ([300, 300, 300, 300, 0], 1.0));
+        assert!(all.iter().chain(&identity).chain(&rows).all(|x| x.is_finite()));
+    }
 }

@@ -15,7 +15,9 @@ use crate::tile::{LANES, ROWS};
 
 /// Keys of a panel, and about how many queries pass through the panels before they are mixed.
 const PANEL: usize = 128;
-const SLAB: usize = 64;
+const SLAB: usize = 128;
+/// Blocks that one item of work mixes, in the same memory.
+const BLOCKS: usize = 4;
 
 /// Whether `items` heads would leave a good part of the threads idle.
 pub(crate) fn pays(items: usize, threads: usize) -> bool {
@@ -52,10 +54,12 @@ pub(crate) fn walk(whole: Course, work: &Head, y: &mut [f32], threads: usize) ->
     let length = reach.start + reach.count;
     let states = [calcium, vesicles, open, beta].map(Shared::new);
     let (finite, y) = (AtomicBool::new(true), Shared::new(y));
+    let mut logits = Vec::new();
     for slab in slabs(reach.blocks()) {
         let last = slab.blocks.last().map_or(0, |(block, _)| reach.start + block.end);
         let panels = last.div_ceil(PANEL);
-        let mut logits = vec![0.0; panels * slab.rows * PANEL];
+        // what is left of the slab before is either written over or in nobody's sight
+        logits.resize(logits.len().max(panels * slab.rows * PANEL), 0.0);
         let shared = Shared::new(&mut logits);
         for_each(threads, panels, |panel| {
             let (begin, end) = (panel * PANEL, length.min((panel + 1) * PANEL));
@@ -67,15 +71,16 @@ pub(crate) fn walk(whole: Course, work: &Head, y: &mut [f32], threads: usize) ->
             let mut course = Course { site, head, level, offset: begin, calcium, vesicles, open, beta };
             pass(&mut course, work, &slab, end, logits);
         });
-        for_each(threads, slab.blocks.len(), |i| {
-            let (block, row) = &slab.blocks[i];
+        for_each(threads, slab.blocks.len().div_ceil(BLOCKS), |item| {
             let mut scores = Scores::default();
-            scores.cover(&reach, block);
-            gather(&mut scores, &logits, slab.rows, *row, block.len());
-            // SAFETY: each item has queries of its own.
-            let y = unsafe { y.part(block.start * work.dim..block.end * work.dim) };
-            if !work.mix(block, &mut scores, None, y) {
-                finite.store(false, Ordering::Relaxed);
+            for (block, row) in slab.blocks.iter().skip(item * BLOCKS).take(BLOCKS) {
+                scores.cover(&reach, block);
+                gather(&mut scores, &logits[..panels * slab.rows * PANEL], slab.rows, *row, block.len());
+                // SAFETY: each item has queries of its own.
+                let y = unsafe { y.part(block.start * work.dim..block.end * work.dim) };
+                if !work.mix(block, &mut scores, None, y) {
+                    finite.store(false, Ordering::Relaxed);
+                }
             }
         });
     }
