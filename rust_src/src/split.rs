@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::layer::Barrier;
-use crate::parallel::{Shared, for_each};
+use crate::parallel::{Shared, in_phases};
 use crate::prefill::{Course, Head, Scores};
 use crate::presyn::Collect;
 use crate::simd::fastest;
@@ -54,36 +54,39 @@ pub(crate) fn walk(whole: Course, work: &Head, y: &mut [f32], threads: usize) ->
     let length = reach.start + reach.count;
     let states = [calcium, vesicles, open, beta].map(Shared::new);
     let (finite, y) = (AtomicBool::new(true), Shared::new(y));
-    let mut logits = Vec::new();
-    for slab in slabs(reach.blocks()) {
-        let last = slab.blocks.last().map_or(0, |(block, _)| reach.start + block.end);
-        let panels = last.div_ceil(PANEL);
-        // what is left of the slab before is either written over or in nobody's sight
-        logits.resize(logits.len().max(panels * slab.rows * PANEL), 0.0);
-        let shared = Shared::new(&mut logits);
-        for_each(threads, panels, |panel| {
-            let (begin, end) = (panel * PANEL, length.min((panel + 1) * PANEL));
+    let all = slabs(reach.blocks());
+    let panels = |slab: &Slab| slab.blocks.last().map_or(0, |(block, _)| (reach.start + block.end).div_ceil(PANEL));
+    let size = |slab: &Slab| panels(slab) * slab.rows * PANEL;
+    // one slab after the other uses it: what an earlier one left is written over or in nobody's sight
+    let mut logits = vec![0.0; all.iter().map(size).max().unwrap_or(0)];
+    let logits = Shared::new(&mut logits);
+    let phases: Vec<usize> = all.iter().flat_map(|slab| [panels(slab), slab.blocks.len().div_ceil(BLOCKS)]).collect();
+    in_phases(threads, &phases, |phase, item| {
+        let slab = &all[phase / 2];
+        if phase % 2 == 0 {
+            let (begin, end) = (item * PANEL, length.min((item + 1) * PANEL));
             let own = if alive { begin..end } else { 0..0 };
-            // SAFETY: each item has a panel of keys for itself.
+            // SAFETY: each item of a phase has a panel of keys for itself.
             let [calcium, vesicles, open, beta] = unsafe { states.map(|state| state.part(own.clone())) };
             // SAFETY: as above.
-            let logits = unsafe { shared.part(panel * slab.rows * PANEL..(panel + 1) * slab.rows * PANEL) };
+            let logits = unsafe { logits.part(item * slab.rows * PANEL..(item + 1) * slab.rows * PANEL) };
             let mut course = Course { site, head, level, offset: begin, calcium, vesicles, open, beta };
-            pass(&mut course, work, &slab, end, logits);
-        });
-        for_each(threads, slab.blocks.len().div_ceil(BLOCKS), |item| {
-            let mut scores = Scores::default();
-            for (block, row) in slab.blocks.iter().skip(item * BLOCKS).take(BLOCKS) {
-                scores.cover(&reach, block);
-                gather(&mut scores, &logits[..panels * slab.rows * PANEL], slab.rows, *row, block.len());
-                // SAFETY: each item has queries of its own.
-                let y = unsafe { y.part(block.start * work.dim..block.end * work.dim) };
-                if !work.mix(block, &mut scores, None, y) {
-                    finite.store(false, Ordering::Relaxed);
-                }
+            pass(&mut course, work, slab, end, logits);
+            return;
+        }
+        // SAFETY: in this phase logits are read alone.
+        let logits = unsafe { logits.read(0..size(slab)) };
+        let mut scores = Scores::default();
+        for (block, row) in slab.blocks.iter().skip(item * BLOCKS).take(BLOCKS) {
+            scores.cover(&reach, block);
+            gather(&mut scores, logits, slab.rows, *row, block.len());
+            // SAFETY: each item has queries of its own.
+            let y = unsafe { y.part(block.start * work.dim..block.end * work.dim) };
+            if !work.mix(block, &mut scores, None, y) {
+                finite.store(false, Ordering::Relaxed);
             }
-        });
-    }
+        }
+    });
     finite.into_inner()
 }
 
