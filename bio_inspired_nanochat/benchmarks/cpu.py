@@ -38,6 +38,8 @@ class BenchCpuConfig:
     n_embd: int | None = knob(None, "width; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
     head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
     vocab_size: int = knob(8192, "token ids", lo=2, hi=1 << 20)
+    num_experts: int = knob(0, "experts beside every MLP, in all models; 0 has none", lo=0, hi=4096)
+    moe_top_k: int = knob(2, "experts that a token visits", lo=1, hi=64)
     context: tuple[int, ...] = knob((256, 1024, 2048, 4096), "tokens of the prompt", lo=1, hi=1 << 20, unit="tokens")
     threads: tuple[int, ...] = knob((1, 2), "threads of both executions", lo=1, hi=1024)
     compiled: bool = knob(True, "also measure the compiled decoding attention of the vanilla model")
@@ -58,14 +60,15 @@ class BenchCpuConfig:
 
 
 class Decoder:
-    """One model that continues one prompt by `tick` tokens; the time that its attention layers take is kept apart."""
+    """One model that continues one prompt by `tick` tokens; the time that its attention, and its MLPs with experts, take is kept apart."""
 
     def __init__(self, model: GPT, prompt: Tensor, tick: int, attend: Callable | None = None) -> None:
         self.model, self.prompt, self.tick = model, prompt, tick
         self.state: SynapseState = model.init_state(1, prompt.shape[1] + tick)
         self.attention: list[float] = []
+        self.experts: list[float] = []
         self._attend = attend
-        self._clock = 0.0
+        self._clock = {"attention": 0.0, "experts": 0.0}
 
     def read(self, _: Mark = lambda: None) -> None:
         """Read the prompt into an empty state."""
@@ -75,7 +78,7 @@ class Decoder:
     def prepare(self) -> None:
         """Go back to the end of the prompt: places behind it are written anew, and what terminals did there is little."""
         self.state.pos.fill_(self.prompt.shape[1])
-        self._clock = 0.0
+        self._clock = dict.fromkeys(self._clock, 0.0)
 
     def run(self, _: Mark) -> None:
         """One tick of tokens, so that the end of a tick is paid for once."""
@@ -83,11 +86,12 @@ class Decoder:
         with _clocked(self):
             for _token in range(self.tick):
                 self.model.step(ids, self.state)
-        self.attention.append(self._clock / self.tick)
+        self.attention.append(self._clock["attention"] / self.tick)
+        self.experts.append(self._clock["experts"] / self.tick)
 
 
 class _clocked:
-    """While it is open, the attention of every layer of the decoder's model adds its seconds to the decoder's clock."""
+    """While it is open, attention and experts of every layer of the decoder's model add their seconds to the decoder's clock."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -96,16 +100,29 @@ class _clocked:
     def __enter__(self) -> None:
         for layer in self.layers:
             layer.attend_step = self._timed(self.decoder._attend or layer.attend_step, layer)  # type: ignore[method-assign]
+        for mixture in self.decoder.model.experts():
+            mixture.step = self._counted(mixture.step)  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         for layer in self.layers:
             del layer.attend_step
+        for mixture in self.decoder.model.experts():
+            del mixture.step
+
+    def _counted(self, step: Callable) -> Callable:
+        def counted(*args: Any) -> Tensor:
+            began = time.perf_counter()
+            y = step(*args)
+            self.decoder._clock["experts"] += time.perf_counter() - began
+            return y
+
+        return counted
 
     def _timed(self, attend: Callable, layer: CausalSelfAttention) -> Callable:
         def timed(x: Tensor, q: Tensor, state: Any, chunk: Any) -> Tensor:
             began = time.perf_counter()
             y = attend(x, q, state, chunk) if self.decoder._attend is None else attend(q, state.k, state.v, chunk.stop, layer)
-            self.decoder._clock += time.perf_counter() - began
+            self.decoder._clock["attention"] += time.perf_counter() - began
             return y
 
         return timed
@@ -137,6 +154,7 @@ class Measured:
     reading: list[float | None] = field(default_factory=list)
     step: dict[str, Course] = field(default_factory=dict)
     attention: dict[str, list[float]] = field(default_factory=dict)
+    experts: dict[str, list[float]] = field(default_factory=dict)
     prompt: dict[str, float] = field(default_factory=dict)
     tick: int = 1
     skipped: str = ""
@@ -148,6 +166,10 @@ class Measured:
     def attention_ratio(self, above: str, below: str) -> Spread | None:
         """Of the attention of all layers."""
         return paired_ratio(self.attention[above], self.attention[below]) if self.attention else None
+
+    def experts_ratio(self, above: str, below: str) -> Spread | None:
+        """Of the MLPs of all layers, experts included, where there are any."""
+        return paired_ratio(self.experts[above], self.experts[below]) if self.experts and any(self.experts[below]) else None
 
     def fraction(self, name: str) -> Spread | None:
         """Speed at which the attention of a competitor reads keys and values, over that of a plain read in the same round."""
@@ -169,6 +191,8 @@ class Measured:
             seconds, attention = course.spread().median / self.tick, statistics.median(self.attention[name])
             row = size | {"model": name, "prompt_tok_per_s": short(self.context / self.prompt[name]) if name in self.prompt else None}
             row |= {"step_ms": short(seconds * 1e3), "tok_per_s": short(1 / seconds), "attention_ms": short(attention * 1e3)}
+            if any(self.experts[name]):
+                row["experts_ms"] = short(statistics.median(self.experts[name]) * 1e3)
             fraction = self.fraction(name)
             row |= {
                 "gb_per_s": short(self.bytes_read / attention / 1e9),
@@ -212,6 +236,7 @@ def bench_cpu(config: BenchCpuConfig) -> dict[str, Any]:
     )
     record |= {
         "head_dim": models["vanilla eager"].config.head_dim,
+        "num_experts": config.num_experts,
         "tick": config.syn_cfg.tick,
         "syn_preset": config.syn_preset,
         "rows": rows,
@@ -222,7 +247,8 @@ def bench_cpu(config: BenchCpuConfig) -> dict[str, Any]:
 
 def _models(config: BenchCpuConfig, dtype: torch.dtype) -> dict[str, GPT]:
     sizes = sizes_from_depth(config.depth, config.head_dim, config.n_embd)
-    shape = GPTConfig(**sizes, sequence_len=max(config.context) + config.syn_cfg.tick, vocab_size=config.vocab_size)
+    sizes |= {"num_experts": config.num_experts, "moe_top_k": config.moe_top_k}
+    shape = GPTConfig(**sizes, sequence_len=max(config.context) + config.syn_cfg.tick, vocab_size=config.vocab_size, backend="sdpa")
     shapes = {"vanilla eager": shape}
     for name, backend in (("synaptic rust", "rust"), ("synaptic torch", "sdpa")):
         shapes[name] = dataclasses.replace(shape, synapses=True, syn_cfg=config.syn_cfg, backend=backend)
@@ -265,6 +291,7 @@ def _measure(
     size.step = interleave(competitors, CPU, seconds / 2)
     size.reading = size.step.pop("read").total()
     size.attention = {name: decoders[name].attention[-len(course.rounds) :] for name, course in size.step.items()}
+    size.experts = {name: decoders[name].experts[-len(course.rounds) :] for name, course in size.step.items()}
     return size
 
 
@@ -299,6 +326,8 @@ def _headline(size: Measured) -> dict[str, Any]:
         "step_speedup": size.ratio("synaptic torch", "synaptic rust"),
         "step_over_vanilla": size.ratio("synaptic rust", vanilla),
     }
+    if any(size.experts["synaptic rust"]):
+        ratios["experts_speedup"] = size.experts_ratio("synaptic torch", "synaptic rust")
     record: dict[str, Any] = {}
     for name, ratio in ratios.items():
         record |= {name: None if ratio is None else short(ratio.median), f"{name}_quartiles": quartiles(ratio)}

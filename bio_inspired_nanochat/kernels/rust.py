@@ -26,6 +26,7 @@ _FIX = "run `bash scripts/env.sh` with a Rust toolchain on PATH"
 
 # What is called of the extension; sources change more often than versions.
 _NAMES = ("Terminals", "Layer", "advance", "run_terminals", "tick_drive", "attend", "phi")
+_NAMES += ("Router", "mix_experts", "routing_sums", "settle_accounts")
 
 
 @functools.cache
@@ -155,7 +156,8 @@ def array(x: Tensor | None) -> Any:
     """A contiguous CPU tensor as a numpy array over the same memory, bfloat16 as its bits (uint16); None stays None."""
     if x is None:
         return None
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 

@@ -23,11 +23,14 @@ from torch import Tensor
 from bio_inspired_nanochat.common import several, sum_over_ranks
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.kernels import rust_moe
 from bio_inspired_nanochat.structural.neuroscore import contributions
 from bio_inspired_nanochat.synaptic import Accounts, Probe, Routing, SynapticMoE
 
 AVERAGE = 0.05  # weight of the newest step in the averages of an account
 ESTRANGE = 0.1  # how fast router rows of twins part, relative to their length, per unit of router_contrastive_push
+KEPT = ("alive", "lead", "child", "age", "energy", "balance", "blend", "tie")  # what an update reads and changes
+KEPT += ("load", "demand", "both", "together", "inputs", "common")
 TIE_RATE = 0.05  # step of the bias between twins, times their relative difference in load
 
 
@@ -94,6 +97,8 @@ def metabolise(model: GPT, routing: Sequence[Routing], taps: Sequence[Tensor] | 
 @torch.no_grad()
 def update(layer: SynapticMoE, routing: Routing, cfg: SynapticConfig) -> None:
     """Apply one step's statistics to one layer. Changes its accounts and identities."""
+    if _settled(layer, routing, cfg):
+        return
     kept, k = layer.accounts, layer.k
     living = kept.alive.float()
     fair = k * routing.tokens / living.sum()
@@ -112,6 +117,21 @@ def update(layer: SynapticMoE, routing: Routing, cfg: SynapticConfig) -> None:
     if layer.synapse is not None and hasattr(layer.synapse, "identity"):
         _contrast(layer, cfg)
     _estrange(layer, cfg)
+
+
+def _settled(layer: SynapticMoE, routing: Routing, cfg: SynapticConfig) -> bool:
+    """Whether the Rust extension did the same: on a CPU, with backend auto or rust."""
+    identity = getattr(layer.synapse, "identity", None)
+    kept = {name: value for name, value in layer.accounts.named_buffers() if name in KEPT}
+    changed = [*kept.values(), layer.router] + ([] if identity is None else [identity])
+    if rust_moe.obstacle(layer.backend, routing.common, *changed) is not None:
+        return False
+    found = {name: value for name, value in routing._asdict().items() if name != "gates"}
+    knobs = {"k": layer.k, "average": AVERAGE, "tie_rate": TIE_RATE, "estrange": ESTRANGE * cfg.router_contrastive_push}
+    knobs |= {"bank_rate": cfg.bank_rate, "bank_decay": cfg.bank_decay, "balance_rate": cfg.balance_rate, "youth": cfg.expert_youth}
+    knobs |= {"pull": cfg.router_contrastive_pull, "push": cfg.router_contrastive_push}
+    rust_moe.settle(kept, found, identity, layer.router, knobs)
+    return True
 
 
 def _balance(kept: Accounts, load: Tensor, cfg: SynapticConfig) -> None:

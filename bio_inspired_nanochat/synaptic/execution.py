@@ -1,4 +1,4 @@
-"""Which execution the attention of a model takes on a device, and why: one line for the log."""
+"""Which execution the attention and the experts of a model take on a device, and why: one line for the log."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import torch
 
 from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig
-from bio_inspired_nanochat.kernels import ReleaseNoise, rust
+from bio_inspired_nanochat.kernels import ReleaseNoise, rust, rust_moe
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 
 
 def describe_execution(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The line for whole sequences, for example `attention: fused, ... (backend=auto)`."""
+    """The line, for example `attention: fused, ... (backend=auto)`."""
+    return _attention(config, device, dtype) + _experts(config, device, dtype)
+
+
+def _experts(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What the Rust extension does for experts on a CPU, or why not; elsewhere nothing need be said."""
+    if not config.num_experts or device.type != "cpu":
+        return ""
+    obstacle = rust_moe.obstacle(config.backend, torch.zeros(1, device=device, dtype=dtype))
+    tokens = "running tokens" if config.backend == "rust" else f"up to {rust_moe.FEW_TOKENS} running tokens"
+    return f"; experts: torch (not rust: {obstacle})" if obstacle else f"; experts: torch, rust for {tokens}, statistics and accounts"
+
+
+def _attention(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The line for whole sequences."""
     if not (config.synapses and config.syn_cfg.in_attention):
         return "attention: PyTorch's scaled_dot_product_attention (no synapses)"
     if config.backend != "auto":

@@ -135,9 +135,12 @@ class ExpertSynapse(nn.Module):
         """
         if not self.cfg.expert_lateral:
             return None
+        return self.expert_lateral * (share @ self.nearness(lead).to(share.dtype))
+
+    def nearness(self, lead: Tensor) -> Tensor:
+        """How strongly slots inhibit each other, [E, E], symmetric."""
         near = F.normalize(self.identity, dim=-1)[lead]
-        kernel = (near @ near.T).clamp(min=0) * (lead[:, None] != lead)
-        return self.expert_lateral * (share @ kernel.to(share.dtype))
+        return (near @ near.T).clamp(min=0) * (lead[:, None] != lead)
 
     def course(self, share: Tensor, place: Place, before: ExpertState | None) -> tuple[Effects, ExpertState]:
         """Run the experts over the tokens' demand.

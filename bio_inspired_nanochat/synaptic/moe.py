@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.kernels import rust_moe
 from bio_inspired_nanochat.kernels.grouped import combine, dispatch, group_by_expert, grouped_linear, top_k
+from bio_inspired_nanochat.synaptic import native_moe
 from bio_inspired_nanochat.synaptic.accounts import Accounts
 from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse
 from bio_inspired_nanochat.synaptic.mlp import SynapticMLP
@@ -115,7 +117,7 @@ class SynapticMoE(SynapticMLP):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        self.k, self.slots = config.moe_top_k, config.slots
+        self.k, self.slots, self.backend = config.moe_top_k, config.slots, config.backend
         self.fair = float(config.num_experts)
         self.kappa = config.syn_cfg.bank_gain if config.synapses else 0.0
         self.experts = Experts(self.slots, config.n_embd, config.expert_ratio * config.n_embd)
@@ -138,9 +140,11 @@ class SynapticMoE(SynapticMLP):
 
     def step(self, x: Tensor, state: LayerState, chunk: Arrival) -> Tensor:
         """The next chunk of running sequences, x [B, t, D]; fast weights and experts in `state` advance in place."""
-        y, _, after = self.mix(x, chunk.place(x.device), state.experts)
-        if after is not None:
-            state.experts.copy_(after)
+        y = native_moe.mix(self, x, state, chunk)
+        if y is None:
+            y, _, after = self.mix(x, chunk.place(x.device), state.experts)
+            if after is not None:
+                state.experts.copy_(after)
         return super().step(x, state, chunk) + y
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> ExpertState | None:
@@ -224,6 +228,9 @@ class SynapticMoE(SynapticMLP):
     def statistics(self, x: Tensor, route: Route) -> Routing:
         """What the accounts need to know of a pass over x [B, T, D]."""
         x = x.flatten(0, 1).float()
+        if rust_moe.obstacle(self.backend, x, self.accounts.child) is None and route.gates.dtype == torch.float32:
+            taken = {name: getattr(route, name) for name in ("expert", "gates", "bare", "separate", "winner")}
+            return Routing(tokens=torch.tensor(float(len(x))), **rust_moe.sums(x, taken, self.accounts.child))
         places = torch.arange(self.slots, device=x.device)
         chosen = route.expert[..., None] == places
         member = chosen.any(1).float()

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import rust
+from bio_inspired_nanochat.synaptic.snapshot import Snapshot
 from bio_inspired_nanochat.synaptic.state import Chunk, LayerState
 
 HELD = ("k", "v", "calcium", "vesicles", "open_drive", "beta", "barrier")
@@ -22,7 +22,7 @@ HELD = ("k", "v", "calcium", "vesicles", "open_drive", "beta", "barrier")
 class _Prepared(NamedTuple):
     """What the extension holds of a layer, the parameters that it was made from, and why the terminals cannot run, or None."""
 
-    made_from: Tensor
+    made_from: Snapshot
     site: Any
     obstacle: str | None
 
@@ -71,14 +71,11 @@ def _obstacle(layer: Any, q: Tensor, held: dict[str, Tensor | None], chunk: Chun
 
 def _prepare(layer: Any, synapse: Any) -> _Prepared:
     """The layer as the extension holds it, made again whenever a parameter has another value."""
-    now = torch.empty(0)
-    if synapse is not None:
-        owners = (synapse,) if synapse.genome is None else (synapse, synapse.genome)
-        values = [p.detach().flatten() for owner in owners for name, p in owner._parameters.items() if name != "gate_weight"]
-        now = torch.cat(values)
+    owners = () if synapse is None else (synapse,) if synapse.genome is None else (synapse, synapse.genome)
+    now = [p for owner in owners for name, p in owner._parameters.items() if name != "gate_weight"]
     found = _PREPARED.get(layer)
-    if found is None or not torch.equal(found.made_from, now):
-        found = _PREPARED[layer] = _Prepared(now, *_make(layer, synapse))
+    if found is None or not found.made_from.holds(now):
+        found = _PREPARED[layer] = _Prepared(Snapshot(now), *_make(layer, synapse))
     return found
 
 

@@ -43,6 +43,31 @@ pub fn for_each(threads: usize, items: usize, work: impl Fn(usize) + Sync) {
     }
 }
 
+/// Call `work(phase, item)` for every item of every phase, in order of phases: an item begins when all phases before its own are done.
+///
+/// One scope serves all phases, so that a thread that wakes up late joins in the middle and is not waited for.
+pub fn in_phases(threads: usize, sizes: &[usize], work: impl Fn(usize, usize) + Sync) {
+    /// Counts an item as done, also when it panics, for nobody else would.
+    struct Done<'a>(&'a AtomicUsize);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::Release);
+        }
+    }
+    let starts: Vec<usize> = sizes.iter().scan(0, |sum, size| Some(std::mem::replace(sum, *sum + size))).collect();
+    let (total, done) = (sizes.iter().sum(), AtomicUsize::new(0));
+    for_each(threads, total, |ticket| {
+        let _done = Done(&done);
+        let phase = starts.partition_point(|&start| start <= ticket) - 1;
+        let mut patience = 0;
+        while done.load(Ordering::Acquire) < starts[phase] {
+            patience += 1;
+            if patience < 200 { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+        work(phase, ticket - starts[phase]);
+    });
+}
+
 /// A slice of which items of work on several threads change parts that do not overlap.
 #[derive(Clone, Copy)]
 pub struct Shared<'a, T> {
@@ -60,6 +85,17 @@ impl<'a, T> Shared<'a, T> {
     /// Take over a slice.
     pub fn new(slice: &'a mut [T]) -> Self {
         Shared { data: slice.as_mut_ptr(), len: slice.len(), lifetime: PhantomData }
+    }
+
+    /// One part to read. Panics when it is out of bounds.
+    ///
+    /// # Safety
+    /// Nothing that overlaps is changed while it lives.
+    #[inline(always)]
+    pub unsafe fn read(&self, range: Range<usize>) -> &'a [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "part {range:?} of {}", self.len);
+        // SAFETY: inside of the slice by the check above, and not changed by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
     }
 
     /// One part. Panics when it is out of bounds.
@@ -90,6 +126,21 @@ mod tests {
             });
             assert!(done.iter().all(|&n| n == 1));
         }
+    }
+
+    #[test]
+    fn an_item_sees_all_of_the_phases_before_its_own() {
+        for threads in [1, 2, 5] {
+            let done = AtomicUsize::new(0);
+            in_phases(threads, &[3, 0, 7, 1, 40], |phase, item| {
+                let before = [0, 3, 3, 10, 11][phase];
+                let seen = done.load(Ordering::Relaxed);
+                assert!(seen >= before && item < [3, 0, 7, 1, 40][phase]);
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 51);
+        }
+        assert!(std::panic::catch_unwind(|| in_phases(3, &[4, 4], |phase, item| assert!(phase + item > 0))).is_err());
     }
 
     #[test]

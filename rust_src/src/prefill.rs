@@ -11,6 +11,7 @@ use crate::math::{peak_of, weigh};
 use crate::parallel::{Shared, for_each};
 use crate::presyn::{self, Collect};
 use crate::simd::{Work, fastest};
+use crate::split;
 use crate::tile::{LANES, Number, Product, ROWS, pack_columns, pack_rows};
 
 /// Most queries of a block.
@@ -18,20 +19,21 @@ const QUERIES: usize = 16;
 
 /// Where the queries of a head stand.
 #[derive(Clone, Copy)]
-struct Reach {
-    start: usize,
-    count: usize,
-    tick: usize,
+pub(crate) struct Reach {
+    pub(crate) start: usize,
+    pub(crate) count: usize,
+    pub(crate) tick: usize,
     window: usize,
 }
 
 impl Reach {
-    fn low(&self, position: usize) -> usize {
+    /// First key in sight of a query at `position`.
+    pub(crate) fn low(&self, position: usize) -> usize {
         (position + 1).saturating_sub(self.window)
     }
 
     /// Queries in blocks that lie in one tick each.
-    fn blocks(self) -> impl Iterator<Item = Range<usize>> {
+    pub(crate) fn blocks(self) -> impl Iterator<Item = Range<usize>> {
         let mut next = 0;
         std::iter::from_fn(move || {
             let left = self.tick - (self.start + next) % self.tick;
@@ -43,17 +45,41 @@ impl Reach {
 }
 
 /// One head: its queries `[t, D]` times the scale, and its packed keys and values.
-struct Head {
-    reach: Reach,
-    dim: usize,
-    base: usize,
-    q: Vec<f32>,
-    keys: Vec<f32>,
+pub(crate) struct Head {
+    pub(crate) reach: Reach,
+    pub(crate) dim: usize,
+    pub(crate) base: usize,
+    pub(crate) q: Vec<f32>,
+    pub(crate) keys: Vec<f32>,
     values: Vec<f32>,
-    logits: Vec<f32>,
+}
+
+/// The logits `[queries, width]` of a block of queries against the keys from `first` on, and what is made of them.
+#[derive(Default)]
+pub(crate) struct Scores {
+    pub(crate) logits: Vec<f32>,
     mixed: Vec<f32>,
-    first: usize,
-    width: usize,
+    pub(crate) first: usize,
+    pub(crate) width: usize,
+}
+
+impl Scores {
+    /// Make room for the keys that any query of a block can see.
+    pub(crate) fn cover(&mut self, reach: &Reach, block: &Range<usize>) {
+        self.first = reach.low(reach.start + block.start) / LANES * LANES;
+        self.width = (reach.start + block.end).next_multiple_of(LANES) - self.first;
+        self.logits.resize(QUERIES * self.width, 0.0);
+    }
+
+    /// Add the drive of a block's queries to `sum`, which has one value per key.
+    fn collect<const SOFT: bool>(&self, reach: &Reach, block: &Range<usize>, theta: f32, share: f32, sum: &mut [f32]) {
+        for (i, query) in block.clone().enumerate() {
+            let position = reach.start + query;
+            let seen = reach.low(position)..position;
+            let logits = &self.logits[i * self.width..][seen.start - self.first..seen.end - self.first];
+            fastest(Collect::<SOFT> { logits, sum: &mut sum[seen], theta, share });
+        }
+    }
 }
 
 impl Head {
@@ -68,70 +94,64 @@ impl Head {
         }
         let mut rows: Vec<f32> = q[..reach.count * dim].iter().map(|x| x * scale).collect();
         rows.resize((reach.count + ROWS) * dim, 0.0);
-        Head { reach, dim, base, q: rows, keys, values, logits: Vec::new(), mixed: Vec::new(), first: 0, width: 0 }
+        Head { reach, dim, base, q: rows, keys, values }
     }
 
     /// Make the logits of a block of queries against all keys that any of them can see.
-    fn score(&mut self, block: &Range<usize>) {
-        let rows = block.len().next_multiple_of(ROWS);
-        self.first = self.reach.low(self.reach.start + block.start) / LANES * LANES;
-        let stop = (self.reach.start + block.end).next_multiple_of(LANES);
-        self.width = stop - self.first;
-        self.logits.resize(QUERIES * self.width, 0.0);
+    fn score(&self, block: &Range<usize>, scores: &mut Scores) {
+        scores.cover(&self.reach, block);
+        let keys = scores.first..scores.first + scores.width;
+        self.products(block, keys, &mut scores.logits, scores.width);
+    }
+
+    /// Logits of a block of queries against `keys`, both ends multiples of 16, to rows of `into` that are `stride` apart.
+    pub(crate) fn products(&self, block: &Range<usize>, keys: Range<usize>, into: &mut [f32], stride: usize) {
         fastest(Product {
             a: &self.q[block.start * self.dim..],
             a_stride: self.dim,
-            b: &self.keys[(self.first - self.base) * self.dim..],
+            b: &self.keys[(keys.start - self.base) * self.dim..],
             b_stride: LANES,
             b_tile: self.dim * LANES,
-            c: &mut self.logits,
-            c_stride: self.width,
-            rows,
+            c: into,
+            c_stride: stride,
+            rows: block.len().next_multiple_of(ROWS),
             depth: self.dim,
-            tiles: self.width / LANES,
+            tiles: keys.len() / LANES,
         });
     }
 
-    /// Add the drive of a block's queries to `sum`, which has one value per key.
-    fn collect<const SOFT: bool>(&self, block: &Range<usize>, theta: f32, share: f32, sum: &mut [f32]) {
-        for (i, query) in block.clone().enumerate() {
-            let position = self.reach.start + query;
-            let seen = self.reach.low(position)..position;
-            let logits = &self.logits[i * self.width..][seen.start - self.first..seen.end - self.first];
-            fastest(Collect::<SOFT> { logits, sum: &mut sum[seen], theta, share });
-        }
-    }
-
     /// Turn a block's logits plus `bias` (one value per key) into outputs `y` [queries, D]. Returns whether they are finite.
-    fn mix(&mut self, block: &Range<usize>, bias: Option<&[f32]>, y: &mut [f32]) -> bool {
+    pub(crate) fn mix(&self, block: &Range<usize>, scores: &mut Scores, bias: Option<&[f32]>, y: &mut [f32]) -> bool {
+        let Scores { logits: scored, mixed, first, width } = scores;
+        let (first, width) = (*first, *width);
         let mut sums = [1.0f32; QUERIES];
         let rows = block.len().next_multiple_of(ROWS);
         for (i, query) in block.clone().enumerate() {
             let position = self.reach.start + query;
             let seen = self.reach.low(position)..position + 1;
-            let row = &mut self.logits[i * self.width..][..self.width];
-            row[..seen.start - self.first].fill(0.0);
-            row[seen.end - self.first..].fill(0.0);
-            let logits = &mut row[seen.start - self.first..seen.end - self.first];
+            let row = &mut scored[i * width..][..width];
+            row[..seen.start - first].fill(0.0);
+            row[seen.end - first..].fill(0.0);
+            let logits = &mut row[seen.start - first..seen.end - first];
             sums[i] = fastest(Weigh { logits, bias: bias.map(|bias| &bias[seen]) });
         }
-        self.logits[block.len() * self.width..rows * self.width].fill(0.0);
+        scored[block.len() * width..rows * width].fill(0.0);
         let padded = self.dim.next_multiple_of(LANES);
-        self.mixed.resize(QUERIES * padded, 0.0);
+        mixed.resize(QUERIES * padded, 0.0);
         fastest(Product {
-            a: &self.logits,
-            a_stride: self.width,
-            b: &self.values[(self.first - self.base) * padded..],
+            a: scored,
+            a_stride: width,
+            b: &self.values[(first - self.base) * padded..],
             b_stride: padded,
             b_tile: LANES,
-            c: &mut self.mixed,
+            c: mixed,
             c_stride: padded,
             rows,
-            depth: self.width,
+            depth: width,
             tiles: padded / LANES,
         });
         for (i, y) in y.chunks_exact_mut(self.dim).enumerate() {
-            y.iter_mut().zip(&self.mixed[i * padded..]).for_each(|(y, x)| *y = x / sums[i]);
+            y.iter_mut().zip(&mixed[i * padded..]).for_each(|(y, x)| *y = x / sums[i]);
         }
         sums.iter().all(|sum| sum.is_finite())
     }
@@ -167,7 +187,9 @@ pub fn chunk<T: Number>(site: &Site, cache: &Cache<T>, mut running: Running, new
     let y = Shared::new(new.y);
     let states = [running.calcium, running.vesicles, running.open_drive, running.beta].map(Shared::new);
     let finite = AtomicBool::new(true);
-    for_each(threads, new.starts.len() * heads, |row| {
+    let items = new.starts.len() * heads;
+    let apart = split::pays(items, threads);
+    for_each(if apart { 1 } else { threads }, items, |row| {
         let (batch, head) = (row / heads, row % heads);
         let reach = Reach { start: new.starts[batch], count: new.counts[batch], tick: site.tick, window: site.window };
         let source = (batch * site.kv_heads + head / site.group()) * length * dim;
@@ -179,31 +201,34 @@ pub fn chunk<T: Number>(site: &Site, cache: &Cache<T>, mut running: Running, new
         let ([calcium, vesicles, open, beta], y) =
             unsafe { (states.map(|state| state.part(own.clone())), y.part(at..at + reach.count * dim)) };
         let level = if running.level.is_empty() { &[][..] } else { &running.level[row * length..][..length] };
-        if !(Course { site, head, level, calcium, vesicles, open, beta }).walk(work, y) {
+        let course = Course { site, head, level, offset: 0, calcium, vesicles, open, beta };
+        if !(if apart { split::walk(course, &work, y, threads) } else { course.walk(&work, y) }) {
             finite.store(false, Ordering::Relaxed);
         }
     });
     Ok(finite.into_inner())
 }
 
-/// What one head keeps of its keys while a chunk is read.
-struct Course<'a> {
-    site: &'a Site,
-    head: usize,
-    level: &'a [f64],
-    calcium: &'a mut [f32],
-    vesicles: &'a mut [f32],
-    open: &'a mut [f32],
-    beta: &'a mut [f32],
+/// What one head keeps of its keys from `offset` on while a chunk is read; level belongs to all keys.
+pub(crate) struct Course<'a> {
+    pub(crate) site: &'a Site,
+    pub(crate) head: usize,
+    pub(crate) level: &'a [f64],
+    pub(crate) offset: usize,
+    pub(crate) calcium: &'a mut [f32],
+    pub(crate) vesicles: &'a mut [f32],
+    pub(crate) open: &'a mut [f32],
+    pub(crate) beta: &'a mut [f32],
 }
 
 impl Course<'_> {
-    fn walk(&mut self, mut work: Head, y: &mut [f32]) -> bool {
+    fn walk(mut self, work: &Head, y: &mut [f32]) -> bool {
         let site = self.site;
         let plain = site.terminals.is_empty() && site.barrier == Barrier::None;
         let (mut bias, mut tick, mut finite) = (vec![0.0; work.reach.start + work.reach.count], usize::MAX, true);
+        let mut scores = Scores::default();
         for block in work.reach.blocks() {
-            work.score(&block);
+            work.score(&block, &mut scores);
             let position = work.reach.start + block.start;
             if tick != position / site.tick && !plain {
                 tick = position / site.tick;
@@ -212,13 +237,13 @@ impl Course<'_> {
             if !site.terminals.is_empty() {
                 let (theta, share) = (site.theta[self.head], 1.0 / site.tick as f32);
                 if site.soft {
-                    work.collect::<true>(&block, theta, share, self.open);
+                    scores.collect::<true>(&work.reach, &block, theta, share, self.open);
                 } else {
-                    work.collect::<false>(&block, theta, share, self.open);
+                    scores.collect::<false>(&work.reach, &block, theta, share, self.open);
                 }
             }
             let outputs = &mut y[block.start * work.dim..block.end * work.dim];
-            finite &= work.mix(&block, (!plain).then_some(&bias[..]), outputs);
+            finite &= work.mix(&block, &mut scores, (!plain).then_some(&bias[..]), outputs);
             let end = work.reach.start + block.end;
             if end % site.tick == 0 && !site.terminals.is_empty() {
                 self.end_tick(end);
@@ -228,7 +253,7 @@ impl Course<'_> {
     }
 
     /// Bias of every key in a tick: that of its terminal, and the barrier up to a constant that softmax cancels.
-    fn bias_of(&self, first: usize, bias: &mut [f32]) {
+    pub(crate) fn bias_of(&self, first: usize, bias: &mut [f32]) {
         if self.beta.is_empty() {
             bias.fill(0.0);
         } else {
@@ -238,19 +263,20 @@ impl Course<'_> {
             Barrier::None => (),
             Barrier::Linear => {
                 for (j, b) in bias.iter_mut().enumerate() {
-                    *b += self.site.strength[self.head] * (j as f32 - first as f32);
+                    *b += self.site.strength[self.head] * ((self.offset + j) as f32 - first as f32);
                 }
             }
             Barrier::Gated => {
                 let from = self.level[first];
-                for (b, level) in bias.iter_mut().zip(self.level) {
+                for (b, level) in bias.iter_mut().zip(&self.level[self.offset..]) {
                     *b += self.site.strength[self.head] * (level - from) as f32;
                 }
             }
         }
     }
 
-    fn end_tick(&mut self, keys: usize) {
+    /// Take the terminals of the first `keys` keys over the end of a tick.
+    pub(crate) fn end_tick(&mut self, keys: usize) {
         let terminal = &self.site.terminals[self.head];
         let (calcium, vesicles, open) = (&mut self.calcium[..keys], &mut self.vesicles[..keys], &mut self.open[..keys]);
         presyn::tick(terminal, calcium, vesicles, Some(open), None);
@@ -322,15 +348,19 @@ impl<T: Number> Pairs<'_, T> {
         }
         let drive = Shared::new(drive);
         for_each(threads, rows, |row| {
-            let mut work = self.head(row, None);
+            let (work, mut scores) = (self.head(row, None), Scores::default());
             for block in work.reach.blocks() {
-                work.score(&block);
+                work.score(&block, &mut scores);
                 let n = (work.reach.start + block.start) / self.tick - work.reach.start / self.tick;
                 let at = (row * ticks + n) * self.keys;
                 // SAFETY: each item has a row of its own.
                 let sum = unsafe { drive.part(at..at + self.keys) };
                 let theta = theta[row % self.heads];
-                if soft { work.collect::<true>(&block, theta, 1.0, sum) } else { work.collect::<false>(&block, theta, 1.0, sum) }
+                if soft {
+                    scores.collect::<true>(&work.reach, &block, theta, 1.0, sum);
+                } else {
+                    scores.collect::<false>(&work.reach, &block, theta, 1.0, sum);
+                }
             }
         });
         Ok(())
@@ -350,15 +380,15 @@ impl<T: Number> Pairs<'_, T> {
         }
         let y = Shared::new(y);
         for_each(threads, rows, |row| {
-            let mut work = self.head(row, Some(v));
+            let (work, mut scores) = (self.head(row, Some(v)), Scores::default());
             let at = row * self.size * self.dim;
             // SAFETY: each item has a row of its own.
             let y = unsafe { y.part(at..at + work.reach.count * self.dim) };
             for block in work.reach.blocks() {
-                work.score(&block);
+                work.score(&block, &mut scores);
                 let n = (work.reach.start + block.start) / self.tick - work.reach.start / self.tick;
                 let bias = beta.map(|beta| &beta[(row * ticks + n) * self.keys..][..self.keys]);
-                work.mix(&block, bias, &mut y[block.start * self.dim..block.end * self.dim]);
+                work.mix(&block, &mut scores, bias, &mut y[block.start * self.dim..block.end * self.dim]);
             }
         });
         Ok(())

@@ -16,12 +16,12 @@ use crate::{decode, math, prefill};
 type Read<'py, T> = PyReadonlyArrayDyn<'py, T>;
 type Write<'py, T> = PyReadwriteArrayDyn<'py, T>;
 
-fn wrong(text: impl Into<String>) -> PyErr {
+pub fn wrong(text: impl Into<String>) -> PyErr {
     PyValueError::new_err(text.into())
 }
 
 /// Run a kernel without the interpreter lock.
-fn guarded<R: Send>(py: Python<'_>, kernel: impl FnOnce() -> Result<R, String> + Send) -> PyResult<R> {
+pub fn guarded<R: Send>(py: Python<'_>, kernel: impl FnOnce() -> Result<R, String> + Send) -> PyResult<R> {
     match py.detach(|| catch_unwind(AssertUnwindSafe(kernel))) {
         Ok(done) => done.map_err(wrong),
         Err(_) => Err(PyRuntimeError::new_err("a kernel of the Rust extension failed; please report it")),
@@ -53,8 +53,8 @@ impl Numbers<'_> {
 
 /// Kinetics of the terminals of H heads.
 #[pyclass(frozen)]
-struct Terminals {
-    all: Vec<Terminal>,
+pub struct Terminals {
+    pub all: Vec<Terminal>,
 }
 
 #[pymethods]
@@ -310,4 +310,6 @@ fn phi<'py>(py: Python<'py>, x: PyReadonlyArray1<'py, f32>) -> PyResult<Bound<'p
 mod _rust {
     #[pymodule_export]
     use super::{Layer, Terminals, advance, attend, phi, run_terminals, tick_drive, version};
+    #[pymodule_export]
+    use crate::python_moe::{Router, mix_experts, routing_sums, settle_accounts};
 }

@@ -153,6 +153,14 @@ def test_rust_is_compared_with_pytorch_on_a_cpu(capsys, tmp_path):
     assert [float(row["step ms"]) for row in table(lines, "threads")] == [row["step_ms"] for row in rows.values()]
 
 
+def test_experts_are_timed_apart(capsys):
+    _, record = run(capsys, bench_cpu, *CPU, "--context=8", "--num_experts=3", "--moe_top_k=1")
+    low, high = record["experts_speedup_quartiles"]
+    assert 0 < low <= record["experts_speedup"] <= high and record["num_experts"] == 3
+    assert all(0 < row["experts_ms"] < row["step_ms"] - row["attention_ms"] for row in record["rows"])
+    assert "experts_speedup" not in run(capsys, bench_cpu, *CPU, "--context=8")[1]
+
+
 def test_the_ratios_of_a_cpu_stand_the_right_way_up(capsys, monkeypatch):
     planted(monkeypatch, "cpu", {"vanilla eager": (1e-3,), "synaptic rust": (2e-3,), "reference": (6e-3,), "rust": (2e-3,), "": (8e-3,)})
     monkeypatch.setattr("bio_inspired_nanochat.benchmarks.cpu.Measured.attention_ratio", lambda *_: None)
