@@ -24,6 +24,7 @@ import pytest
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig
 from bio_inspired_nanochat.registry import MECHANISMS, knob_table, markdown_table
 from bio_inspired_nanochat.synaptic.genome import protein_table
+from bio_inspired_nanochat.training.metrics import METRIC_COLUMNS, metric_rows
 from bio_inspired_nanochat.training.speedrun import VARIABLES
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
@@ -52,6 +53,10 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.base_eval": {"eval_tokens": 128, "samples": 1, "max_tokens": 4, "device": "cpu"},
     "scripts.bench_kernels": {"head_dim": 16, "context": 32, "seconds": 0, "device": "cpu"},
     "scripts.bench_train": {
+        **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
+        "seconds": 0,
+    },
+    "scripts.bench_vitals": {
         **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
         "seconds": 0,
     },
@@ -93,6 +98,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "mechanisms": _mechanisms,
     "knobs": lambda: markdown_table(knob_table(SynapticConfig)),
     "proteins": lambda: markdown_table(protein_table()),
+    "metrics": lambda: markdown_table(metric_rows(), METRIC_COLUMNS),
 }
 
 

@@ -1,0 +1,48 @@
+"""A short run with every mechanism on, which most tests of this folder look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bio_inspired_nanochat.config import SynapticConfig
+from bio_inspired_nanochat.neuroviz.tensorboard import TensorBoard
+from bio_inspired_nanochat.training import train
+from tests.training.tiny import small
+
+MEMORY = {"hebb": "delta", "rank_eligibility": 8, "camkii_gain": 1.0, "pp1_gain": 1.0, "bdnf_gamma": 1.0, "fast_layers": ("q", "mlp_in")}
+LIFE = {"expert_youth": 2, "split_health_min": 0.5, "death_health_max": 0.45, "twin_overlap": 1.0}
+EVERYTHING = dataclasses.replace(SynapticConfig.preset("full"), tick=4, theta=-1.0, **MEMORY, **LIFE)
+RUN = {
+    "synapses": True,
+    "syn_cfg": EVERYTHING,
+    "num_experts": 4,
+    "splitmerge_every": 5,
+    "vitals_every": 5,
+    "log_every": 5,
+    "eval_every": 10,
+    "sample_every": 10,
+    "consolidate_every": 10,
+    "num_iterations": 30,
+    "save_every": 15,
+    "keep_checkpoints": 0,
+}
+
+
+@dataclasses.dataclass
+class Trained:
+    """record: the last line of the run; logs: its log folder; folder: where all of it lies."""
+
+    record: dict
+    logs: Path
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """The run; leave it as it is."""
+    folder = tmp_path_factory.mktemp("everything")
+    record = train(small(folder, **RUN), [TensorBoard(share=1.0)])
+    return Trained(record, Path(record["log_dir"]), folder)
