@@ -7,8 +7,9 @@ Dimensions: H query heads, N ticks, T tokens, E experts, d width of an identity.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,38 @@ _STYLE = {
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
     "legend.frameon": False,
 }
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches in the common style, outside of pyplot, so that nothing global is touched."""
-    import matplotlib
+def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draw in the common style, without changing what others draw in."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any, **options: Any) -> Any:
+        import matplotlib  # imported late: half a second
+
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **options)
+
+    return styled
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, outside of pyplot, which keeps figures alive."""
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams.update(_STYLE)
-    return Figure(figsize=(width, height), dpi=100)
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def save(picture: Any, path: Path) -> Path:
     """Write a figure as PNG; the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=130)
+    picture.savefig(path, dpi=130, bbox_inches="tight")
     return path
 
 
+@_styled
 def state_map(reading: Reading, quantity: str) -> Any:
     """All heads of all layers (rows) over the tokens of a text (columns), at the start of its last tick. Raises UserError without it."""
     rows = [layer[quantity][:, -1] for layer in reading.course if quantity in layer]
@@ -64,7 +76,7 @@ def state_map(reading: Reading, quantity: str) -> Any:
         raise UserError(f"this model's terminals have no {quantity}: they have {', '.join(reading.quantities()) or 'nothing'}")
     heads = len(rows[0])
     values = np.concatenate([row.numpy() for row in rows])
-    picture = figure(max(5.0, 0.22 * len(reading.tokens) + 2.2), min(14.0, max(2.4, 0.14 * len(values) + 1.6)))
+    picture = _figure(max(5.0, 0.22 * len(reading.tokens) + 2.2), min(14.0, max(2.4, 0.14 * len(values) + 1.6)))
     axes = picture.add_subplot()
     image = _heat(axes, values, quantity)
     _token_labels(axes, reading.tokens)
@@ -77,6 +89,7 @@ def state_map(reading: Reading, quantity: str) -> Any:
     return picture
 
 
+@_styled
 def raster(reading: Reading, layer: int, quantities: Sequence[str] = ("calcium", "vesicles"), most_heads: int = 8) -> Any:
     """One layer while it reads: a panel per head and quantity, keys to the right, ticks downward. Terminals not yet born are blank."""
     held = [name for name in quantities if reading.course and name in reading.course[layer]]
@@ -86,7 +99,7 @@ def raster(reading: Reading, layer: int, quantities: Sequence[str] = ("calcium",
     heads, ticks, keys = course[held[0]].shape
     heads = min(heads, most_heads)
     born = np.arange(keys)[None] < reading.tick * np.arange(1, ticks + 1)[:, None]
-    picture = figure(len(held) * max(4.5, 0.17 * keys + 1.2), heads * max(1.1, 0.09 * ticks + 0.5) + 1.2)
+    picture = _figure(len(held) * max(4.5, 0.17 * keys + 1.2), heads * max(1.1, 0.09 * ticks + 0.5) + 1.2)
     panels = picture.subplots(heads, len(held), squeeze=False, sharex=True)
     for column, name in enumerate(held):
         values = course[name][:heads].numpy()
@@ -103,12 +116,13 @@ def raster(reading: Reading, layer: int, quantities: Sequence[str] = ("calcium",
     return picture
 
 
+@_styled
 def attention_maps(reading: Reading, most: int = 12) -> Any:
     """Attention weights of up to `most` layers, mean over heads: queries downward, keys to the right, one colour scale of root weights."""
     shown = reading.attention[:most]
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
-    picture = figure(3.1 * columns + 0.6, 3.0 * rows)
+    picture = _figure(3.1 * columns + 0.8, 3.4 * rows)
     panels = picture.subplots(rows, columns, squeeze=False).flatten()
     for layer, axes in enumerate(panels):
         if layer >= len(shown):
@@ -120,12 +134,13 @@ def attention_maps(reading: Reading, most: int = 12) -> Any:
     return picture
 
 
+@_styled
 def expert_map(experts: Sequence[dict[str, float]], places: Tensor, how: str = "PCA") -> Any:
     """All living experts on the plane: size is load, colour health, number id, and the darker the rim the older.
 
     experts: rows as in `training.vitals.expert_rows`; places: [E, 2] (see `arrange`).
     """
-    picture = figure(8.2, 6.4)
+    picture = _figure(8.2, 6.4)
     axes = picture.add_subplot()
     ages = np.array([row["age"] for row in experts], dtype=float)
     layers = sorted({int(row["layer"]) for row in experts})
@@ -170,6 +185,7 @@ def arrange(identities: Tensor, method: str = "pca") -> Tensor:
     return torch.from_numpy(UMAP(n_neighbors=min(15, len(identities) - 1), random_state=0).fit_transform(identities.numpy())).float()
 
 
+@_styled
 def radar(experts: Sequence[dict[str, float]], most: int = 6) -> Any:
     """The experts of largest contribution on six scores, each as a rank among all living experts: 0 is the lowest, 1 the highest."""
     best = sorted(range(len(experts)), key=lambda i: -experts[i]["contribution"])[:most]
@@ -178,7 +194,7 @@ def radar(experts: Sequence[dict[str, float]], most: int = 6) -> Any:
         values = np.array([row[name] for row in experts])
         ranks[name] = (values[:, None] > values[None]).sum(1) / max(1, len(experts) - 1)
     angles = np.linspace(0, 2 * np.pi, len(SCORES), endpoint=False).tolist()
-    picture = figure(7.4, 5.8)
+    picture = _figure(8.4, 5.8)
     axes = picture.add_subplot(projection="polar")
     for i in best:
         values = [ranks[name][i] for name in SCORES]
@@ -186,13 +202,15 @@ def radar(experts: Sequence[dict[str, float]], most: int = 6) -> Any:
         line = axes.plot([*angles, angles[0]], [*values, values[0]], lw=1.6, label=f"layer {int(row['layer'])} expert {int(row['id'])}")
         axes.fill(angles, values, alpha=0.08, color=line[0].get_color())
     axes.set_xticks(angles, SCORES)
+    axes.tick_params(axis="x", pad=16)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "0.5", "", "1"])
     axes.set_ylim(0, 1.05)
     axes.set_title(f"Top {len(best)} experts by contribution\n(rank among {len(experts)}, 1 is the highest)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.12, 1.0))
+    picture.legend(loc="outside right upper")
     return picture
 
 
+@_styled
 def kinetics(constants: Sequence[dict[str, list[float]]]) -> Any:
     """Every learned constant: a panel each, a column of dots per layer, a dot per head, a bar at the layer's mean, the knob's default dashed."""
     names = list(dict.fromkeys(name for layer in constants for name in layer))
@@ -201,7 +219,7 @@ def kinetics(constants: Sequence[dict[str, list[float]]]) -> Any:
     knobs, defaults = knobs_of(SynapticConfig), SynapticConfig()
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
-    picture = figure(3.2 * columns, 2.2 * rows + 0.4)
+    picture = _figure(3.2 * columns, 2.2 * rows + 0.4)
     panels = picture.subplots(rows, columns, squeeze=False).flatten()
     for axes, name in zip(panels, [*names, *[None] * (len(panels) - len(names))], strict=True):
         if name is None:
@@ -214,7 +232,7 @@ def kinetics(constants: Sequence[dict[str, list[float]]]) -> Any:
                 axes.plot([layer - 0.3, layer + 0.3], [np.mean(held)] * 2, color="#d9622b", lw=2)
         if name in knobs and isinstance(getattr(defaults, name), float):
             axes.axhline(getattr(defaults, name), color="#999999", lw=0.8, ls="--")
-        unit = knobs[name].unit if name in knobs else ""
+        unit = (knobs[name].unit if name in knobs else "") or ("gain" if name.startswith("gain_") else "no unit")
         axes.set(title=name, ylabel=unit, xlabel="layer")
         axes.set_xticks(range(len(constants)) if len(constants) <= 12 else range(0, len(constants), 4))
         axes.margins(x=0.15)
@@ -222,10 +240,11 @@ def kinetics(constants: Sequence[dict[str, list[float]]]) -> Any:
     return picture
 
 
+@_styled
 def similarity(experts: Sequence[dict[str, float]], identities: Tensor) -> Any:
     """Cosines of the router embeddings of all living experts, [E, E]; lines between layers."""
     unit = F.normalize(identities, dim=-1)
-    picture = figure(7.0, 6.0)
+    picture = _figure(7.0, 6.0)
     axes = picture.add_subplot()
     image = axes.imshow((unit @ unit.T).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     labels = [f"L{int(row['layer'])} #{int(row['id'])}" for row in experts]
@@ -250,6 +269,6 @@ def _heat(axes: Any, values: np.ndarray, quantity: str, limits: tuple[float, flo
 
 
 def _token_labels(axes: Any, tokens: Sequence[str]) -> None:
-    every = max(1, math.ceil(len(tokens) / 48))
+    every = max(1, math.ceil(len(tokens) / 72))
     plain = [token.replace("$", r"\$") for token in tokens]
-    axes.set_xticks(range(0, len(tokens), every), plain[::every], rotation=90, fontsize=7, family="DejaVu Sans Mono")
+    axes.set_xticks(range(0, len(tokens), every), plain[::every], rotation=90, fontsize=6.5, family="DejaVu Sans Mono")

