@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -135,7 +136,7 @@ def test_the_script_draws_every_picture(trained, tmp_path, capsys):
     }
     assert set(record["pictures"]) == names
     for path in record["pictures"].values():
-        pixels = matplotlib.image.imread(io.BytesIO(open(path, "rb").read()))
+        pixels = matplotlib.image.imread(io.BytesIO(Path(path).read_bytes()))
         assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.05, path
     assert MOST_TOKENS == 64
 
