@@ -77,6 +77,7 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
     "scripts.lineage": {},
+    "scripts.viz_export": {},
     "scripts.neurophylo": {},
     "scripts.neuroviz": {"device": "cpu"},
     "scripts.prepare_data": {},

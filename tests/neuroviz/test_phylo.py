@@ -13,10 +13,8 @@ from bio_inspired_nanochat.neuroviz.phylo import family, read_family, write_page
 from bio_inspired_nanochat.neuroviz.rundir import MetricsTail, read_metrics
 from bio_inspired_nanochat.structural import NeuroPhylo, read_lineage
 from scripts import neurophylo
-from tests.conftest import chromium
 from tests.neuroviz import saga
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 MANY = 10_000
 
 
@@ -83,34 +81,6 @@ def test_a_log_is_read_as_it_grows(tmp_path):
 def long_page(tmp_path_factory):
     folder = saga.write(tmp_path_factory.mktemp("saga"), MANY)
     return write_page(read_family(folder), folder / "family.html")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium(), args=FLAGS)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def show(browser):
-    """Opens a file; fails at the end when the page complained or asked for anything else."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, offline=True)
-    page = context.new_page()
-    problems, requests = [], []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-
-    def opened(path):
-        page.goto(path.as_uri())
-        page.wait_for_function("document.body.dataset.ready", timeout=60_000)
-        return page
-
-    yield opened
-    context.close()
-    assert problems == [] and len(requests) == 1
 
 
 def place(page, step: float, lane: int) -> tuple[float, float]:
