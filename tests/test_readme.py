@@ -76,6 +76,7 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.chat_web": {"port": 0, "seconds": 0.5, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
+    "scripts.dashboard": {"port": 0, "seconds": 0.5},
     "scripts.lineage": {},
     "scripts.viz_export": {},
     "scripts.neurophylo": {},

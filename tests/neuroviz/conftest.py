@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from bio_inspired_nanochat.common import base_dir
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.neuroviz.tensorboard import TensorBoard
 from bio_inspired_nanochat.training import train
@@ -42,12 +45,18 @@ class Trained:
     folder: Path
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Trained:
-    """The run; leave it as it is."""
-    folder = tmp_path_factory.mktemp("everything")
+@functools.cache
+def everything() -> Trained:
+    """The run, once per process; leave it as it is."""
+    folder = Path(tempfile.mkdtemp(dir=base_dir()))
     record = train(small(folder, **RUN), [TensorBoard(share=0.0)])
     return Trained(record, Path(record["log_dir"]), folder)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Trained:
+    """See `everything`."""
+    return everything()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 "use strict";
 const Charts = (() => {
   const SVG = "http://www.w3.org/2000/svg";
-  const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT] = [360, 190, 52, 30, 8, 8];
+  const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT] = [360, 190, 62, 30, 8, 8];
   const show = (value) => (value === null || value === undefined ? "–" : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(4))));
   const hue = (index, count) => `hsl(${(210 + (300 * index) / Math.max(1, count)) % 360} 65% 45%)`;
 
@@ -32,7 +32,7 @@ const Charts = (() => {
       node("text", { x: px(x), y: HEIGHT - BOTTOM + 12, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" }, svg, show(x));
     }
     node("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle", class: "name" }, svg, xName);
-    node("text", { x: 10, y: (HEIGHT - BOTTOM) / 2, "text-anchor": "middle", transform: `rotate(-90 10 ${(HEIGHT - BOTTOM) / 2})`, class: "name" }, svg, yName);
+    node("text", { x: 9, y: (HEIGHT - BOTTOM) / 2, "text-anchor": "middle", transform: `rotate(-90 9 ${(HEIGHT - BOTTOM) / 2})`, class: "name" }, svg, yName);
     return [px, py];
   }
 
