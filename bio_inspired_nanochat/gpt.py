@@ -288,6 +288,14 @@ class GPT(nn.Module):
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return RunOutput(logits, loss, first.aux, first.telemetry, spread / (samples - 1))
 
+    @torch.no_grad()
+    def course(self, idx: Tensor) -> list[dict[str, Any]]:
+        """What the terminals of every layer did over idx [B, T]: calcium, vesicles, bias, released, ... [B, H, N, T] by tick."""
+        records: list[dict[str, Any]] = []
+        with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
+            self._trunk(idx, records=records)
+        return records
+
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats [B, T] float32; 0 where the target is -1. Never compiled.
 

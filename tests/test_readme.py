@@ -24,6 +24,7 @@ import pytest
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig
 from bio_inspired_nanochat.registry import MECHANISMS, knob_table, markdown_table
 from bio_inspired_nanochat.synaptic.genome import protein_table
+from bio_inspired_nanochat.training.metrics import METRIC_COLUMNS, metric_rows
 from bio_inspired_nanochat.training.speedrun import VARIABLES
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
@@ -61,6 +62,10 @@ TINY: dict[str, dict[str, object]] = {
         "seconds": 0,
     },
     "scripts.bench_api": {"tokens": 2, "clients": 2, "seconds": 0, "device": "cpu"},
+    "scripts.bench_vitals": {
+        **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
+        "seconds": 0,
+    },
     "scripts.bench_memory": {"modes": 4, "context": 16, "rows": 1, "seconds": 0, "device": "cpu"},
     "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
     "scripts.bench_cpu": {
@@ -79,7 +84,11 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.chat_web": {"port": 0, "seconds": 0.5, "device": "cpu"},
     "scripts.enable_synapses": {},
     "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
+    "scripts.dashboard": {"port": 0, "seconds": 0.5},
     "scripts.lineage": {},
+    "scripts.viz_export": {},
+    "scripts.neurophylo": {},
+    "scripts.neuroviz": {"device": "cpu"},
     "scripts.prepare_data": {},
     "scripts.tok_train": {"vocab_size": 280},
     "scripts.tok_eval": {"vocab_size": "270,280", "max_chars": 5000},
@@ -101,6 +110,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "mechanisms": _mechanisms,
     "knobs": lambda: markdown_table(knob_table(SynapticConfig)),
     "proteins": lambda: markdown_table(protein_table()),
+    "metrics": lambda: markdown_table(metric_rows(), METRIC_COLUMNS),
 }
 
 

@@ -96,7 +96,7 @@ def test_telemetry_reports_each_head_of_each_layer_and_costs_nothing_unasked(syn
     plain, out = model.run(ids), model.run(ids, telemetry=True)
     assert plain.telemetry is None and len(out.telemetry) == 2
     torch.testing.assert_close(out.logits, plain.logits)
-    names = {"calcium", "vesicles", "bias", "released"}
+    names = {"calcium", "vesicles", "bias", "released", "bias_abs"}
     names |= {"buffer", "clamp", "primed", "reserve", "energy"} if synapses == "full" else set()
     for layer in out.telemetry:
         assert set(layer.mean) == set(layer.histogram) == names

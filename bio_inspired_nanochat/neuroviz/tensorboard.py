@@ -1,24 +1,50 @@
-"""TensorBoard as a training callback: `tensorboard --logdir runs` shows every run beside the others."""
+"""TensorBoard as a training callback: `tensorboard --logdir runs` shows every run beside the others.
+
+What it writes is listed in `training.metrics`. Scalars and histograms come with every look and cost milliseconds; pictures are drawn
+at evaluations, as long as all of them together take less than `PICTURE_SHARE` of the run's time, and once more at the end.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from bio_inspired_nanochat.common import say
+import numpy as np
+
+from bio_inspired_nanochat.common import say, write_atomic
+from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.neuroviz import figures
+from bio_inspired_nanochat.neuroviz.reading import read_text
+from bio_inspired_nanochat.structural import NeuroPhylo, read_lineage
+from bio_inspired_nanochat.synaptic.telemetry import BINS, RANGES
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, Run, StepRecord
+from bio_inspired_nanochat.training.metrics import METRICS, SCALARS
+from bio_inspired_nanochat.training.vitals import Look
+
+PICTURE_SHARE = 0.005
+PICTURE_TOKENS = 40
+FIRST_GUESS = 2.0  # seconds that the first pictures are thought to take
+PROJECTED = ("layer", "id", "age", "load", "health", "account", "contribution")
 
 
 class TensorBoard(Callback):
-    """Scalars of every step and evaluation, the synaptic gains per layer, and samples, in the run's log folder.
+    """Writes the tags of `training.metrics` into the run's log folder.
 
     A resumed run purges what an earlier process wrote after the step that it resumes from. Without the tensorboard package, or
-    without a log folder, it does nothing; the first is said.
+    without a log folder, it does nothing; the first is said. share: of the run's time that pictures may take. spent: seconds that this
+    callback has taken so far, pictures included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = PICTURE_SHARE) -> None:
+        self.share, self.spent = share, 0.0
         self._writer: Any = None
-        self._model: Any = None
+        self._run: Run | None = None
+        self._look: Look | None = None
+        self._pictures_took, self._rounds, self._drawn = 0.0, 0, -1
 
     def on_start(self, run: Run) -> None:
         if run.log_dir is None:
@@ -29,31 +55,190 @@ class TensorBoard(Callback):
             say("notice: no TensorBoard log, because the package tensorboard is not installed")
             return
         purge = run.start_step + 1 if run.start_step else None
-        self._writer, self._model = SummaryWriter(str(run.log_dir), purge_step=purge), run.model
+        self._writer, self._run = SummaryWriter(str(run.log_dir), purge_step=purge), run
+        self._began = time.perf_counter()
+        self._flags(to_dict(run.config))
+        self._writer.add_custom_scalars(layout(len(run.model.blocks)))
 
     def on_step(self, record: StepRecord) -> None:
         values = {name: value for name, value in dataclasses.asdict(record).items() if name not in ("step", "seconds_left")}
-        self._scalars("train", values, record.step)
+        self._scalars({f"train/{name}": value for name, value in values.items()}, record.step)
 
     def on_eval(self, record: EvalRecord) -> None:
-        self._scalars("val", {"bpb": record.val_bpb, "loss": record.val_loss}, record.step)
-        for layer, gains in enumerate(self._model.gains() if self._writer is not None else []):
-            means = {name: sum(values) / len(values) for name, values in gains.items()}
-            self._scalars(f"gains/layer{layer}", means, record.step)
+        self._scalars({"val/bpb": record.val_bpb, "val/loss": record.val_loss}, record.step)
+        if self._writer is None:
+            return
+        ahead = self._pictures_took / max(1, self._rounds) if self._pictures_took else FIRST_GUESS
+        if self._pictures_took + ahead <= self.share * (time.perf_counter() - self._began):
+            self._pictures(record.step)
+
+    def on_consolidate(self, step: int, change: float) -> None:
+        self._scalars({"sleep/change": change}, step)
+
+    def on_look(self, look: Look) -> None:
+        if self._writer is None or self._run is None:
+            return
+        self._look = look
+        began = time.perf_counter()
+        values: dict[str, float | None] = dict(look.values)
+        values |= {f"{tag}/layer{layer}": value for tag, held in look.layers.items() for layer, value in enumerate(held)}
+        values |= _learned(look)
+        for layer, gains in enumerate(self._run.model.gains()):
+            values |= {f"gains/layer{layer}/{name}": sum(heads) / len(heads) for name, heads in gains.items()}
+        self._scalars(values, look.step)
+        self._histograms(look)
+        self._decisions(look)
+        self.spent += time.perf_counter() - began
 
     def on_sample(self, step: int, texts: list[str]) -> None:
         if self._writer is not None:
             self._writer.add_text("samples", "\n\n".join(f"    {text!r}" for text in texts), step)
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        if self._drawn != result["steps"]:
+            self._pictures(result["steps"])
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer.file_writer.add_summary(hparams({}, {})[2])  # says that the session has ended
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _scalars(self, group: str, values: dict[str, float | None], step: int) -> None:
+    # --- one kind of entry each ---------------------------------------------------------------------------------------------------
+
+    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
         if self._writer is None:
             return
-        for name, value in values.items():
+        for tag, value in values.items():
             if value is not None:
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+                self._writer.add_scalar(tag, value, step)
         self._writer.flush()
+
+    def _flags(self, config: dict[str, Any]) -> None:
+        """The flags as hyperparameters of this very run; add_hparams would make a second run of it."""
+        from torch.utils.tensorboard.summary import hparams
+
+        start = hparams(_flat(config), {"val/bpb": 0.0, "train/loss": 0.0})[:2]
+        for part in start:
+            self._writer.file_writer.add_summary(part)
+
+    def _histograms(self, look: Look) -> None:
+        for layer, pools in enumerate(look.pools):
+            for name, shares in pools.items():
+                low, high = RANGES.get(name, (0.0, 1.0))
+                limits = np.linspace(low, high, BINS + 1)
+                counts = shares.sum(0).double().cpu().numpy()
+                middles = (limits[1:] + limits[:-1]) / 2
+                total = {"num": float(counts.sum()), "sum": float(counts @ middles), "sum_squares": float(counts @ middles**2)}
+                self._writer.add_histogram_raw(
+                    f"pools/{name}/layer{layer}",
+                    min=low,
+                    max=high,
+                    **total,
+                    bucket_limits=limits[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=look.step,
+                )
+        for name in dict.fromkeys(name for layer in look.constants for name in layer):
+            values = np.array([value for layer in look.constants for value in layer.get(name, [])])
+            self._writer.add_histogram(f"kinetics/{name}", values, look.step, bins="auto" if len(values) > 64 else 16)
+
+    def _decisions(self, look: Look) -> None:
+        """How well health alone tells what the life cycle decides, as curves of precision over recall."""
+        kinds = {"split": (lambda one: one.split, lambda one: one.health), "end": (lambda one: one.ended, lambda one: 1 - one.health)}
+        for name, (label, score) in kinds.items():
+            labels = np.array([label(one) for one in look.ballots], dtype=bool)
+            if labels.any():
+                scores = np.array([score(one) for one in look.ballots]).clip(0, 1)
+                self._writer.add_pr_curve(f"decisions/{name}", labels, scores, look.step)
+
+    def _pictures(self, step: int) -> None:
+        began = time.perf_counter()
+        assert self._run is not None
+        for tag, picture in self._drawings().items():
+            self._writer.add_figure(tag, picture, step)
+        if self._look is not None and self._look.identities is not None:
+            self._projector(self._look)
+        if self._run.log_dir is not None and self._look is not None and self._look.experts:
+            self._lineage(self._run.log_dir, step)
+        self._writer.flush()
+        took = time.perf_counter() - began
+        self._pictures_took, self._rounds, self._drawn = self._pictures_took + took, self._rounds + 1, step
+        self.spent += took
+
+    def _drawings(self) -> dict[str, Any]:
+        assert self._run is not None
+        found = {}
+        if self._run.tokenizer is not None and self._run.config.synapses:
+            reading = read_text(self._run.model, self._run.tokenizer, attention=True, most=PICTURE_TOKENS)
+            found = {
+                f"pictures/{name}": figures.state_map(reading, name) for name in ("calcium", "vesicles") if name in reading.quantities()
+            }
+            found["pictures/attention"] = figures.attention_maps(reading)
+        if self._look is not None and self._look.identities is not None:
+            found["pictures/experts"] = figures.expert_map(self._look.experts, figures.arrange(self._look.identities))
+        return found
+
+    def _projector(self, look: Look) -> None:
+        """The newest router embedding beside the events; `add_embedding` would add another one to the list at every step."""
+        from tensorboard.plugins import projector
+
+        assert self._run is not None and self._run.log_dir is not None and look.identities is not None
+        folder = self._run.log_dir
+        lines = ["\t".join(f"{value:.6g}" for value in row) for row in look.identities.tolist()]
+        write_atomic(folder / "projector" / "experts.tsv", "\n".join(lines) + "\n")
+        lines = ["\t".join(("name", *PROJECTED))]
+        for row in look.experts:
+            lines.append("\t".join((f"L{int(row['layer'])} #{int(row['id'])}", *(f"{row[name]:.6g}" for name in PROJECTED))))
+        write_atomic(folder / "projector" / "metadata.tsv", "\n".join(lines) + "\n")
+        config = projector.ProjectorConfig()
+        entry = config.embeddings.add()
+        entry.tensor_name, entry.tensor_path, entry.metadata_path = "experts", "projector/experts.tsv", "projector/metadata.tsv"
+        projector.visualize_embeddings(str(folder), config)
+
+    def _lineage(self, folder: Path, step: int) -> None:
+        try:
+            events = read_lineage(folder)
+        except UserError:
+            return  # a run without a log of its own
+        layers = sorted({event["layer"] for event in events})
+        lines = [line for layer in layers for line in NeuroPhylo(events, layer).render()]
+        self._writer.add_text("lineage", "\n".join(f"    {line}" for line in lines), step)
+
+
+def _learned(look: Look) -> dict[str, float]:
+    """Time constants per head, and memories of fast weights."""
+    found: dict[str, float] = {}
+    for layer, values in enumerate(look.constants):
+        for name, heads in values.items():
+            if name.startswith("tau_"):
+                found |= {f"time_constants/{name}/layer{layer}/head{head}": value for head, value in enumerate(heads)}
+    for layer, memory in enumerate(look.memory):
+        found |= {f"time_constants/fast_{key}/layer{layer}": value for key, value in memory.items()}
+    return found
+
+
+def layout(layers: int) -> dict[str, dict[str, list[Any]]]:
+    """The page of custom scalars: a chapter per group, a chart per tag with the curves of all layers in it."""
+    page: dict[str, dict[str, list[Any]]] = {}
+    for metric in SCALARS:
+        if "<" not in metric.tag:
+            page.setdefault(metric.group, {})[metric.tag] = ["Multiline", [f"^{tag}$" for tag in metric.tags(layers)]]
+    return page
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found
+
+
+__all__ = ["METRICS", "TensorBoard", "layout"]

@@ -131,6 +131,15 @@ class Presynaptic(nn.Module):
             return values["complexin_bias"]
         return self.cfg.complexin_bias * torch.exp(effects["complexin_bias"]) if "complexin_bias" in effects else self.cfg.complexin_bias
 
+    @torch.no_grad()
+    def constants(self) -> dict[str, Tensor]:
+        """What every head has learned, [H] each in its own unit: kinetic constants, output gains and barrier strength."""
+        found = dict(self._values()) | {"theta": self.theta_value()} if self.cfg.presyn else {}
+        found |= {name: getattr(self, stored) for name, stored in self.gain_names.items()}
+        if self.cfg.barrier != "none":
+            found["barrier_strength"] = self.strength()
+        return {name: value.detach().float() for name, value in found.items()}
+
     def params(self) -> PresynParams:
         """The kinetics as the operators take them; differentiable."""
         cfg, values = self.cfg, self._values()

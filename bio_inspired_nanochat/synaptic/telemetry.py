@@ -14,14 +14,15 @@ from bio_inspired_nanochat.synaptic.state import SynapseState
 
 BINS = 20
 # Range of the histogram of each quantity; what lies outside counts in the outermost bin.
-RANGES = {"calcium": (0.0, 5.0), "bias": (-8.0, 8.0)}
+RANGES = {"calcium": (0.0, 5.0), "bias": (-8.0, 8.0), "bias_abs": (0.0, 8.0)}
 LOW_ENERGY, LOW_POOL = 0.5, 0.25
 
 
 class LayerTelemetry(NamedTuple):
     """Statistics over all terminals that exist, by quantity: mean [H]; histogram [H, BINS], shares that sum to one.
 
-    Quantities are those of `kernels.presyn`'s record: calcium, vesicles, bias, released, and the optional parts that are on.
+    Quantities are those of `kernels.presyn`'s record: calcium, vesicles, bias, released, and the optional parts that are on;
+    bias_abs is the absolute bias.
     fast: by projection with fast weights, means over the batch, 0-d: fast_weight_norm (Frobenius), camkii_mean, pp1_mean and
     bdnf_mean after the last token, eta_mean over all tokens.
     """
@@ -37,6 +38,8 @@ def summarise(record: dict[str, Any], tick: int) -> LayerTelemetry:
     The entry `fast` of the record holds what the projections say of their fast weights and is handed on.
     """
     means, histograms = {}, {}
+    if "bias" in record:
+        record = record | {"bias_abs": record["bias"].abs()}
     for name, value in record.items():
         if name == "fast":
             continue

@@ -19,17 +19,22 @@ from bio_inspired_nanochat.common import progress, say, write_atomic
 from bio_inspired_nanochat.common.console import Progress, duration, on_terminal
 from bio_inspired_nanochat.config import to_dict
 from bio_inspired_nanochat.training.config import TrainConfig
+from bio_inspired_nanochat.training.vitals import Look
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is fixed for the whole run. start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs."""
+    """What is fixed for the whole run.
+
+    start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs; tokenizer: that of the data.
+    """
 
     config: TrainConfig
     model: nn.Module
     start_step: int
     total_steps: int
     log_dir: Path | None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class Callback:
 
     def on_eval(self, record: EvalRecord) -> None:
         """After every evaluation."""
+
+    def on_look(self, look: Look) -> None:
+        """Every `vitals_every` steps, after the first and after the last one, in models with synapses or experts."""
 
     def on_consolidate(self, step: int, change: float) -> None:
         """After fast weights joined slow ones; `change`: norm of what was added, relative to that of the weights."""
@@ -177,6 +185,9 @@ class JsonLog(Callback):
 
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", dataclasses.asdict(record))
+
+    def on_look(self, look: Look) -> None:
+        self._write("vitals", look.to_json())
 
     def on_consolidate(self, step: int, change: float) -> None:
         self._write("consolidate", {"step": step, "change": change})

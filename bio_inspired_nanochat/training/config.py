@@ -94,6 +94,13 @@ class TrainConfig:
     sample_every: int = knob(1000, "steps between samples of text, with a last one at the end; 0 never samples", lo=0, off=0, unit="steps")
     save_every: int = knob(500, "steps between checkpoints; 0 saves only the last, -1 not even that", lo=-1, off=-1, unit="steps")
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept; 0 keeps all", lo=0, off=0)
+    vitals_every: int = knob(
+        100,
+        "steps between looks at the synapses and experts for the logs, with a first and a last one; 0 never looks",
+        lo=0,
+        off=0,
+        unit="steps",
+    )
     log_every: int = knob(10, "steps between log lines; 0 logs none", lo=0, off=0, unit="steps")
 
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))

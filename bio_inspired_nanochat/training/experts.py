@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.common import sum_over_ranks
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.structural import Ledger, LineageLog, Moments, decide, metabolise, operate
+from bio_inspired_nanochat.structural import Ledger, LineageLog, Moments, decide, health, metabolise, operate
 from bio_inspired_nanochat.structural.splitmerge import Event, record
-from bio_inspired_nanochat.synaptic import Probe, Routing
+from bio_inspired_nanochat.synaptic import Probe, Routing, SynapticMoE
 from bio_inspired_nanochat.training.ranks import gather
+
+MOST_BALLOTS = 20_000
+
+
+class Ballot(NamedTuple):
+    """One living expert at one life cycle: its health before, and whether it was split, or ended by death or merger."""
+
+    health: float
+    split: bool
+    ended: bool
 
 
 class ExpertKeeper:
     """Applies what the forwards of one optimizer step say of the experts, between steps and alike on every rank.
 
-    every: steps between life cycles, 0 for none; log: of rank 0, or None. events counts those of this process.
+    every: steps between life cycles, 0 for none; log: of rank 0, or None. events counts those of this process, ballots keeps its last
+    decisions.
     """
 
     def __init__(self, model: GPT, optimizer: Moments, every: int, seed: int, log: LineageLog | None = None) -> None:
         self.model, self.optimizer, self.every, self.seed, self.log = model, optimizer, every, seed, log
         self.ledger = Ledger(model)
         self.events = 0
+        self.ballots: deque[Ballot] = deque(maxlen=MOST_BALLOTS)
 
     def probes(self) -> list[Probe]:
         """Instruments for the next forward, one per layer."""
@@ -44,6 +58,9 @@ class ExpertKeeper:
         decided = [decide(layer, cfg) for layer in self.model.experts()]
         said = repr(decided)
         assert all(other == said for other in gather(said)), "ranks decide differently about experts: their weights have come apart"
+        if self.log is not None:
+            for layer, events in zip(self.model.experts(), decided, strict=True):
+                self.ballots.extend(_ballots(layer, events))
         loss = self._loss(idx, targets) if any(decided) else None
         for index, (layer, events) in enumerate(zip(self.model.experts(), decided, strict=True)):
             for event in events:
@@ -67,3 +84,11 @@ class ExpertKeeper:
     def living(self) -> list[int]:
         """Number of living experts per layer."""
         return [int(layer.accounts.alive.sum()) for layer in self.model.experts()]
+
+
+def _ballots(layer: SynapticMoE, events: Sequence[Event]) -> list[Ballot]:
+    """What was decided about every living expert of a layer, before it is carried out."""
+    split = {event.slots[0] for event in events if event.event == "split"}
+    ended = {slot for event in events if event.event in ("death", "merge") for slot in event.slots}
+    healths = health(layer.accounts, False).tolist()
+    return [Ballot(healths[slot], slot in split, slot in ended) for slot in layer.accounts.alive.nonzero().flatten().tolist()]

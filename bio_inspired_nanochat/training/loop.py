@@ -26,6 +26,7 @@ from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, pe
 from bio_inspired_nanochat.training.job import Job, Objective
 from bio_inspired_nanochat.training.parallel import Engine, held, sleep_on, whole_model
 from bio_inspired_nanochat.training.ranks import on_rank0
+from bio_inspired_nanochat.training.vitals import look
 
 MAX_UNREAD = 100  # steps whose losses may stay on the device when nothing is logged
 
@@ -70,7 +71,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the first reason to stop. Returns the script's last line; see `result`."""
         self._began = time.perf_counter()
-        run = Run(self.config, self.job.model, self.start_step, self.plan.steps, self.job.log_dir)
+        run = Run(self.config, self.job.model, self.start_step, self.plan.steps, self.job.log_dir, self.job.tokenizer)
         try:
             self._tell("on_start", run)
             with guards.StopSignals() as signals, guards.frozen_garbage() as garbage, self._memory_guard():
@@ -112,13 +113,16 @@ class Trainer:
             save = self.config.save_every > 0 and self._due(self.config.save_every)
             evaluate = self.config.eval_every > 0 and self._due(self.config.eval_every) and not last
             sample = self.config.sample_every > 0 and self._due(self.config.sample_every) and not last
+            watch = self.config.vitals_every > 0 and (self._due(self.config.vitals_every) or last or step == 1)
             if self.clock.steps == self.clock.warm:
                 self._read_losses()
                 garbage.freeze()
-            elif log or save or evaluate or sample or last or self.job.device.type == "cpu" or len(self._unread) >= MAX_UNREAD:
+            elif log or save or evaluate or sample or watch or last or self.job.device.type == "cpu" or len(self._unread) >= MAX_UNREAD:
                 self._read_losses()
             if log:
                 self._log(multiplier)
+            if watch:
+                self._look()
             if save:
                 self._save()
             if evaluate:
@@ -277,6 +281,14 @@ class Trainer:
                 loader.close()
         self.progress.val_bpb, self.progress.val_loss = bpb.bpb, bpb.nats_per_token
         self._tell("on_eval", EvalRecord(self.progress.step, bpb.bpb, bpb.nats_per_token, bpb.tokens))
+
+    def _look(self) -> None:
+        """Let the callbacks see what synapses and experts do on the step's last batch. On rank 0, without waiting for others."""
+        if self.job.rank.first and self.callbacks and self._last_batch is not None:
+            ballots = () if self.keeper is None else self.keeper.ballots
+            seen = look(self.job.model, self._last_batch, self.progress.step, ballots)
+            if seen is not None:
+                self._tell("on_look", seen)
 
     def _sample(self, last: bool = False) -> None:
         """Let the model continue a few prompts, on rank 0."""

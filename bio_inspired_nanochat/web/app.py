@@ -48,7 +48,7 @@ def make_app(config: WebConfig, loader: Callable[[], Loaded] | None = None) -> G
 
     # No interactive documentation: its pages load scripts from elsewhere. /openapi.json has the schema.
     app = FastAPI(title="bio-inspired nanochat", docs_url=None, redoc_url=None, lifespan=lifespan)
-    _add_errors(app)
+    add_errors(app)
     _add_page(app)
     _add_api(app, worker, config)
     _add_memories(app, worker)
@@ -65,7 +65,9 @@ def ready(worker: Worker) -> tuple[Loaded, MemoryStore]:
     return worker.loaded, worker.memories
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Answer errors in the form of OpenAI's API."""
+
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, headers=error.headers)

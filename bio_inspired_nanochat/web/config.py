@@ -1,11 +1,12 @@
-"""What the chat server serves, where, and within which limits."""
+"""What the chat server and the dashboard serve, where, and within which limits."""
 
 from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Protocol
 
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import REQUIRED, knob, validate
 from bio_inspired_nanochat.engine import source_path
 from bio_inspired_nanochat.errors import UserError
 
@@ -30,14 +31,51 @@ class WebConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        if not is_loopback(self.host) and not self.api_key:
-            raise UserError(f"--host={self.host} can be reached from other machines: add --api_key=SECRET, or use --host=127.0.0.1")
-        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.isprintable() or " " in self.api_key):
-            raise UserError("--api_key must be printable ASCII without blanks, because it travels in a header")
+        check_access(self.host, self.api_key)
 
     def checkpoint(self) -> str | None:
         """The path of `source` for `engine.load`; None is the newest base model. Raises UserError when there is none."""
         return source_path(self.source)
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """The flags of `scripts.dashboard`."""
+
+    log: str = knob(REQUIRED, "log folder of a run, running or finished", path="dir")
+    checkpoint: str | None = knob(None, "checkpoint for the state inspector; auto is the newest that the log names", path="exists")
+    host: str = knob("127.0.0.1", "address to listen on; one that other machines reach needs --api_key")
+    port: int = knob(8001, "port to listen on; 0 takes a free one", lo=0, hi=65535)
+    api_key: str | None = knob(None, "whoever asks must send it as Authorization: Bearer KEY; - asks for none", none="-")
+    allowed_hosts: str = knob("", "further names of this server in the Host header, separated by commas")
+    device: str = knob("cpu", "where the state inspector runs the model", choices=("auto", "cpu", "cuda", "mps"))
+    max_body_kb: int = knob(64, "largest body of a request", lo=1, hi=1 << 20, unit="KiB")
+    seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="s")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        check_access(self.host, self.api_key)
+
+
+class Access(Protocol):
+    """What the guard of a server needs to know of its configuration; both configs here have it."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def api_key(self) -> str | None: ...
+    @property
+    def allowed_hosts(self) -> str: ...
+    @property
+    def max_body_kb(self) -> int: ...
+
+
+def check_access(host: str, api_key: str | None) -> None:
+    """UserError for an address that others reach without a key, and for a key that cannot travel in a header."""
+    if not is_loopback(host) and not api_key:
+        raise UserError(f"--host={host} can be reached from other machines: add --api_key=SECRET, or use --host=127.0.0.1")
+    if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or " " in api_key):
+        raise UserError("--api_key must be printable ASCII without blanks, because it travels in a header")
 
 
 def is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from bio_inspired_nanochat.web.config import WebConfig, is_loopback
+from bio_inspired_nanochat.web.config import Access, is_loopback
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -38,7 +38,7 @@ HEADERS = [
 class Guard:
     """ASGI middleware: Host allow-list, same origin, authentication, type and size of the body, security headers on every answer."""
 
-    def __init__(self, app: Callable, config: WebConfig) -> None:
+    def __init__(self, app: Callable, config: Access) -> None:
         self._app, self._config = app, config
         own = {"localhost", "127.0.0.1", "::1", config.host.strip("[]")} | {name for name in config.allowed_hosts.split(",") if name}
         self._public = not is_loopback(config.host)

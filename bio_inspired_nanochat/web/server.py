@@ -15,11 +15,17 @@ import uvicorn
 from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.web.app import make_app
-from bio_inspired_nanochat.web.config import WebConfig
+from bio_inspired_nanochat.web.config import DashboardConfig, WebConfig
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, whose signals only ask it to stop, so that the script can end with its record."""
+
+    @classmethod
+    def of(cls, app: Any) -> Server:
+        """A quiet server of an ASGI application."""
+        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        return cls(uvicorn.Config(app, lifespan="on", timeout_graceful_shutdown=5, ws="none", **quiet))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -39,12 +45,8 @@ def serve(config: WebConfig) -> dict[str, Any]:
     config.checkpoint()
     app = make_app(config)
     with listening(config) as listener:
-        host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        settings = uvicorn.Config(
-            app, lifespan="on", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5, ws="none"
-        )
-        server = _Server(settings)
+        url = url_of(listener)
+        server = Server.of(app)
         began = time.monotonic()
         threading.Thread(target=_announce, args=(app.worker, server, url, config), daemon=True).start()
         server.run(sockets=[listener])
@@ -54,7 +56,7 @@ def serve(config: WebConfig) -> dict[str, Any]:
     return {"url": url, "checkpoint": str(loaded.path) if loaded else None, "seconds": round(time.monotonic() - began, 3)}
 
 
-def _announce(worker: Any, server: _Server, url: str, config: WebConfig) -> None:
+def _announce(worker: Any, server: Server, url: str, config: WebConfig) -> None:
     """Say when the model answers; stop when there is none to load, or when the time is over."""
     say(f"listening on {url}, loading the model")
     while worker.loaded is None and not worker.error and not server.should_exit:
@@ -69,7 +71,13 @@ def _announce(worker: Any, server: _Server, url: str, config: WebConfig) -> None
     server.should_exit = True
 
 
-def listening(config: WebConfig) -> socket.socket:
+def url_of(listener: socket.socket) -> str:
+    """Where a bound socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listening(config: WebConfig | DashboardConfig) -> socket.socket:
     """A bound socket. Raises UserError when it cannot be had."""
     host = config.host.strip("[]")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

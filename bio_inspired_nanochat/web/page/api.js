@@ -25,6 +25,11 @@ export async function get(path) {
   return (await checked(await fetch(path, { headers: headers() }))).json();
 }
 
+export async function post(path, body) {
+  const sent = { method: "POST", headers: headers({ "Content-Type": "application/json" }), body: JSON.stringify(body) };
+  return (await checked(await fetch(path, sent))).json();
+}
+
 export async function health() {
   const response = await fetch("/health");
   return response.json();
