@@ -242,3 +242,41 @@ class _FoldedAttention(SynapticCausalSelfAttention):
     def _drive(self, q: Tensor, k: Tensor, theta: Tensor, **where: Any) -> Tensor:
         """Without the check for finite values: one model that has diverged must not end the others."""
         return tick_drive(q, k, theta, self.tick, self.scale, kind=self.cfg.drive, backend=self.parts, **where) / self.tick
+
+
+class Single:
+    """One model that cannot be stacked, behind the same methods as a stack of one."""
+
+    size = 1
+
+    def __init__(self, config: GPTConfig, seed: int, device: torch.device | str = "cpu") -> None:
+        self.config, self.model = config, GPT(config, seed).to(device)
+        self.calls = 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of activations."""
+        return self.model.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        self.model.set_compute_dtype(dtype)
+
+    def optimizer(self, config: OptimConfig, batch_tokens: int) -> Optimizer:
+        """See `Stack`."""
+        return build_optimizer(
+            self.model.named_parameters(), self.model.param_roles(), config, n_embd=self.config.n_embd, batch_tokens=batch_tokens
+        )
+
+    def logits(self, idx: Tensor) -> Tensor:
+        """See `Stack`."""
+        return self.model(idx.reshape(-1, idx.shape[-1])).unflatten(0, (1, -1))
+
+    def losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """See `Stack`; [1], NaN where the terminals report that something is not finite. Random release draws anew each call."""
+        self.calls += 1
+        try:
+            loss = self.model.run(idx.reshape(-1, idx.shape[-1]), targets.reshape(-1, idx.shape[-1]), noise_seed=0, noise_step=self.calls)
+        except FloatingPointError:
+            return next(self.model.parameters()).sum()[None] * torch.nan
+        return (loss.loss if loss.aux is None else loss.loss + loss.aux)[None]

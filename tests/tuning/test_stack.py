@@ -48,9 +48,7 @@ def test_each_model_of_a_stack_learns_as_it_does_alone(kind: str) -> None:
     seeds = list(range(len(configs)))
     stack = Stack(configs, seeds)
     models = [GPT(config, seed) for config, seed in zip(configs, seeds, strict=True)]
-    optimizers = [
-        build_optimizer(model.named_parameters(), model.param_roles(), OPTIM, n_embd=32, batch_tokens=69) for model in models
-    ]
+    optimizers = [build_optimizer(model.named_parameters(), model.param_roles(), OPTIM, n_embd=32, batch_tokens=69) for model in models]
     together = stack.optimizer(OPTIM, batch_tokens=69)
     for step in range(6):
         idx, targets = batch(step)
