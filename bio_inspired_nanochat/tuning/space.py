@@ -132,3 +132,11 @@ def write_preset(path: Path, config: SynapticConfig, about: dict[str, Any]) -> N
         if isinstance(value, float):
             check_value(f"syn_cfg.{name}", value, knobs_of(SynapticConfig)[name])
     write_atomic(path, json.dumps(about | {"syn_cfg": changed}, indent=1) + "\n")
+
+
+def winners_of(preset: str) -> list[str]:
+    """The knobs that an earlier search has set in a preset file; none for a preset by name."""
+    if not preset.endswith(".json"):
+        return []
+    searched = json.loads(Path(preset).expanduser().read_text(encoding="utf-8")).get("searched", [])
+    return [str(name) for name in searched] if isinstance(searched, list) else []
