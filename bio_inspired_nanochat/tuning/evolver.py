@@ -19,7 +19,7 @@ from bio_inspired_nanochat.common import say, stable_hash, write_atomic
 from bio_inspired_nanochat.config import SynapticConfig, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tuning.config import OptimizeConfig
-from bio_inspired_nanochat.tuning.objectives import LOST, ObjectiveConfig, Score, evaluate, fitness
+from bio_inspired_nanochat.tuning.objectives import ObjectiveConfig, Score, evaluate, fitness
 from bio_inspired_nanochat.tuning.space import Space
 from bio_inspired_nanochat.tuning.strategy import load_state, make_strategy, ranked, save_state
 from bio_inspired_nanochat.tuning.workers import Evaluator, Local
@@ -91,7 +91,7 @@ def measure(
     A base that was lost with its worker is trained again, here. Raises UserError when the base itself diverges.
     """
     reference, *scores = evaluator([base, *candidates], seeds)
-    if LOST in reference and not isinstance(evaluator, Local):
+    if any(one.lost for one in reference):
         (reference,) = evaluate(config, [base], seeds, Local(config, device).device)
     if any(one.diverged for one in reference):
         raise UserError("the configuration that the search begins with diverges: use another --syn_preset or a smaller --optim.matrix_lr")

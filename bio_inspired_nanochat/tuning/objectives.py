@@ -99,7 +99,8 @@ class Score:
     """What was measured of one candidate under one seed; losses in nats, NaN where the objective has no such part.
 
     answer_loss, accuracy: of the answers to memory tasks; ece: calibration error; lm_loss: at the last step; lm_final: extrapolated;
-    operations: of training per token; state_bytes: what a sequence keeps per layer beside keys and values.
+    operations: of training per token; state_bytes: what a sequence keeps beside keys and values; lost: nothing was
+    measured, because the worker died or took too long.
     """
 
     answer_loss: float = math.nan
@@ -110,9 +111,10 @@ class Score:
     operations: float = math.nan
     state_bytes: float = math.nan
     diverged: bool = False
+    lost: bool = False
 
 
-LOST = Score(diverged=True)  # a candidate whose worker died or took too long
+LOST = Score(diverged=True, lost=True)  # a candidate whose worker died or took too long
 
 
 def evaluate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,9 +73,9 @@ def readiness(config: SanityConfig, space: Space, evaluator: Evaluator) -> dict[
     scores = evaluator([space.base, dataclasses.replace(space.base, **bad)], seeds)
     name = {"recall": "answer_loss", "lm": "lm_final", "composite": "answer_loss"}[config.objective]
     good, worse = ([getattr(score, name) for score in row] for row in scores)
-    signal = statistics.fmean(worse) - statistics.fmean(good)
-    noise = ((statistics.variance(good) + statistics.variance(worse)) / 2) ** 0.5
-    rows = [(label, statistics.fmean(values), statistics.stdev(values)) for label, values in (("start", good), ("bad", worse))]
+    means, sds = np.mean([good, worse], axis=1), np.std([good, worse], axis=1, ddof=1)
+    signal, noise = float(means[1] - means[0]), float((sds**2).mean() ** 0.5)
+    rows = [(label, float(mean), float(sd)) for label, mean, sd in zip(("start", "bad"), means, sds, strict=True)]
     table(("setting", f"{name} (nats)", "sd over seeds"), rows)
     ready = bool(signal >= config.gate_sds * noise)  # NaN is not ready
     say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,11 @@ def test_elementary_effects_are_the_slopes_of_a_plane() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"trajectories": 0}, {"points": 0}])
 def test_knobs_are_ranked_by_what_they_do_and_the_inert_one_is_rejected(tmp_path: Path, changes: dict) -> None:
-    """In the bowl tau_rrp does nothing, and of the others tau_c, whose axis spans most, does most."""
+    """In the bowl tau_rrp does nothing, and theta, whose minimum lies far from where the search begins, does most."""
     config = SensitivityConfig(knobs=("tau_rrp", "theta", "tau_c"), top=1, device="cpu", **changes)
     record = sensitivity(config, config.space(), Fake(), tmp_path)
-    assert record["top"] == ["tau_c"] and record["ranking"] == ["tau_c", "theta"] and list(record["rejected"]) == ["tau_rrp"]
-    assert json.loads((tmp_path / "sensitivity.json").read_text())["top"] == ["tau_c"]
+    assert record["top"] == ["theta"] and record["ranking"] == ["theta", "tau_c"] and list(record["rejected"]) == ["tau_rrp"]
+    assert json.loads((tmp_path / "sensitivity.json").read_text())["top"] == ["theta"]
 
 
 def test_known_functions_are_minimised() -> None:
@@ -54,12 +55,12 @@ def test_the_gate_wants_three_standard_deviations(gap: float, ready: bool) -> No
         return [[Score(answer_loss=5 + place * gap + noise) for noise in (-1.0, 1.0, -1.0, 1.0)] for place, _ in enumerate(candidates)]
 
     found = readiness(config, config.space(), evaluator)
-    assert found["noise"] == pytest.approx((4 / 3) ** 0.5, nan_ok=True) or found["noise"] != found["noise"]
-    assert found["ready"] is ready
+    assert found["ready"] is ready and (math.isnan(gap) or found["noise"] == pytest.approx((4 / 3) ** 0.5))
 
 
 def test_the_paired_test_is_exact() -> None:
     assert sign_flip([-1.0] * 5) == 1 / 32 and sign_flip([1.0] * 5) == 1.0
     assert sign_flip([-1.0, -2.0, 0.5]) == 2 / 8
     assert sign_flip([-1.0, float("inf")]) == 1.0
-    assert sign_flip([-1.0] * 40) < 0.01 < 0.3 < sign_flip([1.0, -1.0] * 20)
+    assert sign_flip([-1.0] * 40) < 0.01
+    assert sign_flip([1.0, -1.0] * 20) > 0.3
