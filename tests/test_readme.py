@@ -94,6 +94,36 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.tok_eval": {"vocab_size": "270,280", "max_chars": 5000},
     "scripts.download_data": {"pause": 0, "attempts": 2},
 }
+TUNING: dict[str, object] = {
+    "steps": 2,
+    "rows": 2,
+    "eval_rows": 4,
+    "n_layer": 1,
+    "n_embd": 16,
+    "head_dim": 8,
+    "tasks": "recall",
+    "recall.distance": 8,
+    "seeds": 1,
+    "device": "cpu",
+}
+# Scripts with sub-commands, by both names.
+TINY |= {
+    "scripts.bench_stack": {
+        "models": "2",
+        "rows": 1,
+        "context": 8,
+        "n_layer": 1,
+        "n_embd": 16,
+        "head_dim": 8,
+        "seconds": 0,
+        "device": "cpu",
+    },
+    "scripts.tune_bio_params sanity": TUNING | {"gate_seeds": 2, "popsize": 2},
+    "scripts.tune_bio_params sensitivity": TUNING | {"trajectories": 1, "points": 1},
+    "scripts.tune_bio_params optimize": TUNING | {"generations": 2, "popsize": 3},
+    "scripts.tune_bio_params report": {},
+    "scripts.tune_bio_params best": {"confirm_seeds": 2, "device": "cpu"},
+}
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # set by torchrun, not by people
 
 
@@ -225,9 +255,10 @@ def _torchrun(session: Session, line: str, words: list[str], variables: dict[str
 def _script(session: Session, launcher: list[str], words: list[str], variables: dict[str, str]) -> dict:
     """Run a script of the project, made small; the record that it prints last."""
     module, *flags = words
-    if module not in TINY:
-        pytest.fail(f"README.md runs {module}, which this test does not know how to make small")
-    changes = dict(TINY[module])
+    script = " ".join(word for word in words[:2] if not word.startswith("--"))
+    if script not in TINY:
+        pytest.fail(f"README.md runs {script}, which this test does not know how to make small")
+    changes = dict(TINY[script])
     if any(flag.startswith("--resume") for flag in flags):
         changes["num_iterations"] = MORE_STEPS
     flags = _replaced(flags, changes)

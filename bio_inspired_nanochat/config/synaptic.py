@@ -6,10 +6,12 @@ A knob of a learned quantity is its value at birth; from there each head learns 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from bio_inspired_nanochat.config.experts import ExpertConfig
-from bio_inspired_nanochat.config.knobs import knob, validate
+from bio_inspired_nanochat.config.knobs import from_dict, knob, validate
 from bio_inspired_nanochat.errors import UserError, nearest
 
 FAST_LAYERS = ("q", "k", "v", "o", "mlp_in", "mlp_out")  # the projections of a block that may carry fast weights
@@ -254,9 +256,11 @@ class SynapticConfig(ExpertConfig):
 
     @classmethod
     def preset(cls, name: str) -> SynapticConfig:
-        """A named configuration: one of `PRESETS`. Raises UserError for an unknown name."""
+        """A named configuration: one of `PRESETS`, or a preset file (`NAME.json`, see `read_preset`). UserError for anything else."""
+        if name.endswith(".json"):
+            return read_preset(Path(name).expanduser())
         if name not in PRESETS:
-            raise UserError(f"syn_preset={name!r} is not valid: one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+            raise UserError(f"syn_preset={name!r} is not valid: one of {', '.join(PRESETS)}, or a .json file{nearest(name, PRESETS)}")
         return dataclasses.replace(cls(), **PRESETS[name])
 
     @property
@@ -268,6 +272,25 @@ class SynapticConfig(ExpertConfig):
     def in_attention(self) -> bool:
         """Whether any mechanism that changes the attention logits is on."""
         return self.presyn or self.barrier != "none"
+
+
+def read_preset(path: Path) -> SynapticConfig:
+    """The configuration of a preset file: a JSON object with `syn_cfg`, the fields that differ from the default preset.
+
+    Other entries of the object say where it comes from and are not read. Raises UserError for a file that is missing or no such object,
+    unknown fields and values out of bounds.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"syn_preset={str(path)!r} cannot be read ({error.strerror}): give a preset file or one of {', '.join(PRESETS)}"
+        ) from None
+    except ValueError:
+        raise UserError(f"syn_preset={str(path)!r} is not JSON: give a file that `tune_bio_params best` wrote") from None
+    if not isinstance(found, dict) or not isinstance(found.get("syn_cfg"), dict):
+        raise UserError(f"syn_preset={str(path)!r} has no object syn_cfg: give a file that `tune_bio_params best` wrote")
+    return from_dict(SynapticConfig, found["syn_cfg"], prefix="syn_cfg.")
 
 
 PRESETS: dict[str, dict[str, object]] = {

@@ -15,8 +15,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton execution takes this tensor: CUDA, or anything under Triton's interpreter (float32 only)."""
-    return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether the Triton execution takes this tensor: CUDA, or anything under Triton's interpreter (float32 only).
+
+    Kernels are opaque to `torch.func.vmap`, so what is batched by it takes PyTorch's own operators.
+    """
+    return HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and not torch._C._functorch.is_batchedtensor(x)
 
 
 def _needs_operator() -> bool:

@@ -93,7 +93,8 @@ class Density(nn.Module):
 
     def decay_time(self) -> Tensor:
         """Decay time of the fast weights in tokens, at least TAU_LEAST: [r] for hebb, [] for delta."""
-        birth: Tensor | float = -1 / math.log(self.cfg.rho_elig)
+        share = self.cfg.rho_elig
+        birth: Tensor | float = -1 / (torch.log(share) if isinstance(share, Tensor) else math.log(share))
         if self.rule == "hebb":
             low, high = map(math.log, TAU_SPREAD)
             if self.modes == 1:

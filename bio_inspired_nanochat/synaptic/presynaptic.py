@@ -50,15 +50,16 @@ def _of(table: dict[str, tuple[str, ...]], on: set[str]) -> list[str]:
     return [name for mechanism, names in table.items() if mechanism in on for name in names]
 
 
-def _logit(share: float) -> float:
-    return math.log(share / (1 - share))
+def _logit(share: float | Tensor) -> float | Tensor:
+    return torch.logit(share) if isinstance(share, Tensor) else math.log(share / (1 - share))
 
 
 class Presynaptic(nn.Module):
     """Kinetics, gains and barrier per query head. Parameters are [H]; `gate` maps the block input to a gate per head.
 
     genome `direct`: every constant is a parameter of its own; `xi`: all constants are decoded from one small vector per head;
-    `proteins`: they follow from the levels of 16 proteins per head.
+    `proteins`: they follow from the levels of 16 proteins per head. Where `cfg` is read for a constant it may also hold a tensor [H]:
+    models that are trained as one (`tuning.stack`) have constants of their own.
     """
 
     def __init__(self, config: GPTConfig) -> None:

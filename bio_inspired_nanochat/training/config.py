@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ class TrainConfig:
     splitmerge_every: int = knob(
         0, "steps between life cycles of experts: death, merge, split, birth; 0 has none", lo=0, off=0, unit="steps"
     )
-    syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
+    syn_preset: str = knob(
+        "default", f"synaptic constants that --syn_cfg.* flags then change: one of {', '.join(PRESETS)}, or a .json file of the tuner"
+    )
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 
     num_iterations: int | None = knob(
@@ -161,7 +164,7 @@ class TrainConfig:
         """`d4`, or `d4-synaptic` (with the preset's name when it is not the default one)."""
         name = f"d{self.depth}"
         if self.synapses:
-            name += "-synaptic" + (f"-{self.syn_preset}" if self.syn_preset != "default" else "")
+            name += "-synaptic" + (f"-{Path(self.syn_preset).stem}" if self.syn_preset != "default" else "")
         return name
 
 

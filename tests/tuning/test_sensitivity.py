@@ -1,0 +1,66 @@
+"""Screening finds the knobs that matter, and rejects the one that does nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bio_inspired_nanochat.tuning.config import SanityConfig, SensitivityConfig
+from bio_inspired_nanochat.tuning.objectives import Score
+from bio_inspired_nanochat.tuning.report import sign_flip
+from bio_inspired_nanochat.tuning.sanity import TOLERANCE, minimise, readiness, rosenbrock, sphere
+from bio_inspired_nanochat.tuning.sensitivity import JUMP, elementary_effects, morris_points, sensitivity
+from tests.tuning.fakes import Fake
+
+
+def test_trajectories_move_every_axis_once_by_one_jump_on_the_grid() -> None:
+    points = morris_points(5, 40, seed=3)
+    assert points.shape == (40, 6, 5) and points.min() == 0 and points.max() == 1
+    assert np.allclose((points * 3) % 1 % 0.999999, 0, atol=1e-5)
+    moved = np.abs(np.diff(points, axis=1))
+    assert np.allclose(np.sort(moved.sum(1), axis=1), JUMP) and ((moved > 1e-9).sum(2) == 1).all()
+    assert not np.allclose(points, morris_points(5, 40, seed=4))
+
+
+def test_elementary_effects_are_the_slopes_of_a_plane() -> None:
+    points = morris_points(3, 6, seed=0)
+    effects = elementary_effects(points, points @ np.array([2.0, -1.0, 0.0]))
+    assert [np.mean(one) for one in effects] == pytest.approx([2.0, -1.0, 0.0], abs=1e-9) and all(len(one) == 6 for one in effects)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trajectories": 0}, {"points": 0}])
+def test_knobs_are_ranked_by_what_they_do_and_the_inert_one_is_rejected(tmp_path: Path, changes: dict) -> None:
+    """In the bowl tau_rrp does nothing, and theta, whose minimum lies far from where the search begins, does most."""
+    config = SensitivityConfig(knobs=("tau_rrp", "theta", "tau_c"), top=1, device="cpu", **changes)
+    record = sensitivity(config, config.space(), Fake(), tmp_path)
+    assert record["top"] == ["theta"] and record["ranking"] == ["theta", "tau_c"] and list(record["rejected"]) == ["tau_rrp"]
+    assert json.loads((tmp_path / "sensitivity.json").read_text())["top"] == ["theta"]
+
+
+def test_known_functions_are_minimised() -> None:
+    for function in (sphere, rosenbrock):
+        least, count = minimise(function, seed=0)
+        assert least <= TOLERANCE and count < 4000
+
+
+@pytest.mark.parametrize("gap, ready", [(0.5, False), (3.5, True), (-3.5, False), (float("nan"), False)])
+def test_the_gate_wants_three_standard_deviations(gap: float, ready: bool) -> None:
+    config = SanityConfig(device="cpu")
+
+    def evaluator(candidates, seeds):
+        return [[Score(answer_loss=5 + place * gap + noise) for noise in (-1.0, 1.0, -1.0, 1.0)] for place, _ in enumerate(candidates)]
+
+    found = readiness(config, config.space(), evaluator)
+    assert found["ready"] is ready and (math.isnan(gap) or found["noise"] == pytest.approx((4 / 3) ** 0.5))
+
+
+def test_the_paired_test_is_exact() -> None:
+    assert sign_flip([-1.0] * 5) == 1 / 32 and sign_flip([1.0] * 5) == 1.0
+    assert sign_flip([-1.0, -2.0, 0.5]) == 2 / 8
+    assert sign_flip([-1.0, float("inf")]) == 1.0
+    assert sign_flip([-1.0] * 40) < 0.01
+    assert sign_flip([1.0, -1.0] * 20) > 0.3
