@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,13 +24,16 @@ from bio_inspired_nanochat.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Run:
-    """What is fixed for the whole run. start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs."""
+    """What is fixed for the whole run. start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs;
+    owed: events of the start step ("eval", "sample") that are about to be done, or done again.
+    """
 
     config: TrainConfig
     model: nn.Module
     start_step: int
     total_steps: int
     log_dir: Path | None
+    owed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,20 @@ class EvalRecord:
     tokens: int
 
 
+@dataclass(frozen=True)
+class FaultRecord:
+    """A step that went wrong and was left behind (see `faults.Fault`). step: where training stands now; at: the step that went wrong;
+    count: such steps so far.
+    """
+
+    step: int
+    at: int
+    what: str
+    action: str
+    count: int
+    batches: dict[int, list[str]]
+
+
 class Callback:
     """Does nothing; subclasses override what they need."""
 
@@ -86,6 +104,12 @@ class Callback:
 
     def on_save(self, step: int, path: Path) -> None:
         """After a checkpoint is complete."""
+
+    def on_rollback(self, step: int) -> None:
+        """After the model went back to `step`: what was recorded of later steps is void."""
+
+    def on_fault(self, record: FaultRecord) -> None:
+        """After a step that went wrong was skipped or rolled back."""
 
     def on_end(self, result: dict[str, Any]) -> None:
         """After the run ended in order; `result` is the script's last line."""
@@ -130,6 +154,17 @@ class Console(Callback):
         for text in texts:
             say(f"sample {step:0{self._width}d} | {text!r}")
 
+    def on_rollback(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(step - self._bar.done)
+
+    def on_fault(self, record: FaultRecord) -> None:
+        documents = sum(map(len, record.batches.values()))
+        say(
+            f"notice: step {record.at}: {record.what} ({documents} documents, named in metrics.jsonl): {record.action}, "
+            f"going on from step {record.step} (fault {record.count} of this run)"
+        )
+
     def on_save(self, step: int, path: Path) -> None:
         say(f"saved {step:0{self._width}d} | {path}")
 
@@ -160,10 +195,15 @@ class JsonLog(Callback):
     def on_start(self, run: Run) -> None:
         if run.log_dir is None:
             return
-        path = run.log_dir / "metrics.jsonl"
+        self._path = run.log_dir / "metrics.jsonl"
         write_atomic(run.log_dir / "config.json", json.dumps(to_dict(run.config), indent=1) + "\n")
-        write_atomic(path, "".join(_lines_up_to(path, run.start_step)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._reopen(run.start_step, run.owed if run.start_step else ("step", "eval", "sample", "save", "fault"))
+
+    def _reopen(self, step: int, again: Sequence[str] = ()) -> None:
+        """Keep the lines up to `step`, but for the kinds in `again` at that step."""
+        self.close()
+        write_atomic(self._path, "".join(_lines_up_to(self._path, step, again)))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         if self._file is None:
@@ -187,6 +227,13 @@ class JsonLog(Callback):
     def on_save(self, step: int, path: Path) -> None:
         self._write("save", {"step": step, "path": str(path)})
 
+    def on_rollback(self, step: int) -> None:
+        if self._file is not None:
+            self._reopen(step)
+
+    def on_fault(self, record: FaultRecord) -> None:
+        self._write("fault", dataclasses.asdict(record))
+
     def on_end(self, result: dict[str, Any]) -> None:
         self._write("end", {"step": result["steps"], **result})
 
@@ -196,15 +243,19 @@ class JsonLog(Callback):
             self._file = None
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The complete lines of events up to `step`. An `end` line is dropped: the run goes on; so is a half-written last line."""
+def _lines_up_to(path: Path, step: int, again: Sequence[str]) -> list[str]:
+    """The complete lines of events up to `step`, without the kinds in `again` at that step.
+
+    An `end` line is dropped, because the run goes on; so is a half-written last line.
+    """
     kept = []
-    if path.exists() and step > 0:
+    if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 event = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if line.endswith("\n") and event.get("step", 0) <= step and event.get("kind") != "end":
+            at, kind = event.get("step", 0), event.get("kind")
+            if line.endswith("\n") and at <= step and kind != "end" and not (at == step and kind in again):
                 kept.append(line)
     return kept

@@ -17,7 +17,7 @@ from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.hardware import GIB, static_bytes
-from bio_inspired_nanochat.training.loop import Objective
+from bio_inspired_nanochat.training.job import Objective
 from bio_inspired_nanochat.training.plan import Plan
 from bio_inspired_nanochat.training.rounds import ROUNDS
 from bio_inspired_nanochat.training.run import build_model

@@ -15,7 +15,8 @@ from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
-from bio_inspired_nanochat.training.loop import Job, Trainer
+from bio_inspired_nanochat.training.job import Job
+from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Progress
 from bio_inspired_nanochat.training.plan import make_plan
 from bio_inspired_nanochat.training.ranks import process_group
