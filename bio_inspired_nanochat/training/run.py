@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from bio_inspired_nanochat.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
+from bio_inspired_nanochat.checkpoint import CHOOSE, Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from bio_inspired_nanochat.common import Rank, pick_device, say
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.injection import START
 from bio_inspired_nanochat.optim import build_optimizer
@@ -30,7 +30,7 @@ from bio_inspired_nanochat.training.hardware import fitting_rows, peak_memory_gi
 from bio_inspired_nanochat.training.job import Job
 from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Generators, Progress
-from bio_inspired_nanochat.training.plan import Plan, given_fields, inherit, make_plan
+from bio_inspired_nanochat.training.plan import Plan, check_memory, given_fields, inherit, make_plan
 from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, gather, on_rank0, process_group
 
 
@@ -73,6 +73,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
         for line in plan.describe():
             say(line)
     _say_inert(plan, given)
+    on_rank0(lambda: check_memory(plan, device))
     say(describe_execution(plan.model, device, plan.dtype))
     model = build_model(plan, device)
     optimizer = build_optimizer(
@@ -173,20 +174,22 @@ def restore(job: Job, saved: Checkpoint) -> None:
         job.resumed_from = saved.path
         say(f"starting from the weights in {saved.path}")
         return
-    loop = saved.meta.get("loop", {})
-    if "progress" not in loop or "ranks" not in loop:
-        raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
-    if len(loop["ranks"]) != job.plan.world:
-        raise UserError(
-            f"checkpoint {saved.path} was written by {len(loop['ranks'])} processes, this run has {job.plan.world}: "
-            "start it with as many, each continues its own part of the data"
-        )
-    job.model.load_state_dict(saved.model)
-    job.optimizer.load_state_dict(load_optimizer(saved.path))
-    job.states.load(loop, loop["ranks"][job.rank.index])
+    with damaged_file(f"the training state of checkpoint {saved.path}", CHOOSE):
+        loop = saved.meta.get("loop", {})
+        if "progress" not in loop or "ranks" not in loop:
+            raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
+        if len(loop["ranks"]) != job.plan.world:
+            raise UserError(
+                f"checkpoint {saved.path} was written by {len(loop['ranks'])} processes, this run has {job.plan.world}: "
+                "start it with as many, each continues its own part of the data"
+            )
+        job.model.load_state_dict(saved.model)
+        job.optimizer.load_state_dict(load_optimizer(saved.path))
+        job.states.load(loop, loop["ranks"][job.rank.index])
+        before = int(loop["tokens_per_step"])
     job.resumed_from = saved.path
-    if loop["tokens_per_step"] != job.plan.tokens_per_step:
-        say(f"notice: steps had {loop['tokens_per_step']:,} tokens before, now {job.plan.tokens_per_step:,}")
+    if before != job.plan.tokens_per_step:
+        say(f"notice: steps had {before:,} tokens before, now {job.plan.tokens_per_step:,}")
     say(f"resumed from step {job.progress.step}: {saved.path}")
 
 
@@ -223,7 +226,7 @@ def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> 
 
 def _check_same_model(model: GPTConfig, saved: Checkpoint) -> None:
     """UserError when the flags ask for another model than the checkpoint's. The execution backend may change."""
-    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta["model_config"])))
+    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta.get("model_config"))))
     for name in (*FLAG_OF, *now):
         if name != "backend" and now[name] != then[name]:
             raise UserError(
@@ -269,6 +272,7 @@ def dry_run(config: TrainConfig, given: set[str] | None = None) -> dict[str, Any
     for line in plan.describe():
         say(line)
     _say_inert(plan, given_fields(config) if given is None else given)
+    check_memory(plan, device)
     say(f"memory: about {plan.memory_gib():.2f} GiB for {plan.rows} rows in {str(plan.dtype).removeprefix('torch.')}")
     memory = total_memory(device)
     half = max(1, plan.rows // 2)
