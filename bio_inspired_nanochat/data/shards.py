@@ -122,7 +122,10 @@ class ShardReader:
                 self.close()
                 self._file = (path, pq.ParquetFile(path, page_checksum_verification=True))
             table = self._file[1].read_row_group(index, columns=[self._column], use_threads=False)
-            return table.column(0).to_pylist()
+            texts, rows = table.column(0).to_pylist(), self._file[1].metadata.row_group(index).num_rows
+            if len(texts) != rows:
+                raise DamagedShard(f"{path} row group {index} has {len(texts)} rows, its footer says {rows}")
+            return texts
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DamagedShard(f"{path} row group {index} cannot be read ({_reason(error)})") from None
 
