@@ -85,6 +85,8 @@ def open_shard(path: Path, column: str = "text") -> ShardPart:
         raise DamagedShard(f"{path} is not a readable parquet file ({_reason(error)})") from None
     check_column(path, schema, column)
     groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+    if sum(groups) != meta.num_rows:
+        raise DamagedShard(f"{path} is not a readable parquet file (its footer says {meta.num_rows} rows, its row groups {sum(groups)})")
     return ShardPart(path, 0, meta.num_rows, groups, _digest(path))
 
 

@@ -31,14 +31,29 @@ FEWEST = 60  # steps of a run
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SETTLED = 0.25  # share of a run after which its memory should not grow any more
 RUN = {
-    **{"synapses": 1, "depth": 2, "n_embd": 64, "max_seq_len": 64, "vocab_size": 512, "device_batch_size": 4, "total_batch_size": 256},
-    **{"num_experts": 5, "expert_slots": 7, "splitmerge_every": 10, "eval_every": 40, "eval_tokens": 2048, "sample_every": 0},
-    **{"log_every": 1, "save_every": 15, "device": "cpu"},
+    "synapses": 1,
+    "depth": 2,
+    "n_embd": 64,
+    "max_seq_len": 64,
+    "vocab_size": 512,
+    "device_batch_size": 4,
+    "total_batch_size": 256,
+    "num_experts": 5,
+    "expert_slots": 7,
+    "splitmerge_every": 10,
+    "eval_every": 40,
+    "eval_tokens": 2048,
+    "sample_every": 0,
+    "log_every": 1,
+    "save_every": 15,
+    "device": "cpu",
     **{
         f"syn_cfg.{name}": value
         for name, value in {"expert_youth": 5, "merge_similarity": -1.0, "bank_rate": 0.2, "bank_decay": 0.3}.items()
     },
-    **{"syn_cfg.death_health_max": 0.4, "syn_cfg.split_health_min": 0.6, "syn_cfg.merge_health_max": 0.6},
+    "syn_cfg.death_health_max": 0.4,
+    "syn_cfg.split_health_min": 0.6,
+    "syn_cfg.merge_health_max": 0.6,
 }
 
 
