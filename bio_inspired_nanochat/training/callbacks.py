@@ -209,8 +209,12 @@ class JsonLog(Callback):
         if self._file is None:
             return
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not cost the run what a checkpoint may still keep
+            say(f"notice: {self._path} cannot be written ({error.strerror}): this log ends here")
+            self.close()
 
     def on_step(self, record: StepRecord) -> None:
         self._write("step", dataclasses.asdict(record))
@@ -239,7 +243,8 @@ class JsonLog(Callback):
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 

@@ -1,5 +1,6 @@
 """Steps that go wrong: found before the weights change, named by their batch, and left behind as --on_nonfinite says."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 from bio_inspired_nanochat.checkpoint import load_checkpoint
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import Callback, faults, train
+from bio_inspired_nanochat.training import run as run_module
+from bio_inspired_nanochat.training.callbacks import JsonLog
+from bio_inspired_nanochat.training.loop import Trainer
 from tests.training.ranks import EXPERTS
 from tests.training.tiny import small
 
@@ -73,6 +77,40 @@ def test_a_fault_stops_the_run_and_names_the_documents_of_its_batch(tmp_path):
     said = str(caught.value)
     assert "step 4: the loss is not finite" in said and "step_000003" in said and "--on_nonfinite=skip" in said
     assert "batch of rank 0: " in said and "documents, shard_00000.parquet:" in said and said.count("\n") == 0
+
+
+def test_losses_that_are_read_late_name_the_step_and_its_documents_all_the_same(tmp_path, monkeypatch):
+    """As on a GPU, where nothing waits for a step's loss before the next log line."""
+    read, late = Trainer._read_losses, []
+
+    def counted(self):
+        late.append(len(self._unread))
+        return read(self)
+
+    monkeypatch.setattr(Trainer, "_read_losses", counted)
+    monkeypatch.setattr(Trainer, "_careful", property(lambda self: False, lambda self, value: None), raising=False)
+    with pytest.raises(UserError, match=r"step 6: the loss is not finite.*batch of rank 0: \d+ documents, shard_0") as caught:
+        train(small(tmp_path, num_iterations=20, log_every=8), [Spoil(6)])
+    assert max(late) > 2 and "no checkpoint" in str(caught.value)
+
+
+def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch, capsys):
+    class Full:
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        close = flush = write
+
+    class Fill(Callback):
+        def on_start(self, run) -> None:
+            log = next(callback for callback in logs if isinstance(callback, JsonLog))
+            log.close()
+            log._file = Full()
+
+    logs = []
+    monkeypatch.setattr(run_module, "JsonLog", lambda: logs.append(JsonLog()) or logs[-1])
+    record = train(small(tmp_path), [Fill()])
+    assert record["steps"] == 6 and "metrics.jsonl cannot be written (No space left on device)" in capsys.readouterr().out
 
 
 def test_the_documents_of_a_batch_are_those_in_it():
