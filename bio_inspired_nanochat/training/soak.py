@@ -30,6 +30,7 @@ SHARE = 0.33  # of the time, for the undisturbed run
 FEWEST = 60  # steps of a run
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SETTLED = 0.25  # share of a run after which its memory should not grow any more
+LONG = 60  # half seconds that a process must live for its memory to count: before, it is still starting
 RUN = {
     "synapses": 1,
     "depth": 2,
@@ -81,9 +82,9 @@ class Part:
     errors: str = ""
 
     def growth(self) -> float:
-        """GiB from what it held after the first quarter of its life to the most that it held later."""
+        """GiB from what it held after the first quarter of its life to the most that it held later; 0 for one that lived too briefly."""
         settled = self.memory[int(SETTLED * len(self.memory)) :]
-        return max(settled) - settled[0] if settled else 0.0
+        return max(settled) - settled[0] if len(self.memory) >= LONG else 0.0
 
 
 def soak(config: SoakConfig) -> dict[str, Any]:

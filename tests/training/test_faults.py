@@ -96,7 +96,7 @@ def test_losses_that_are_read_late_name_the_step_and_its_documents_all_the_same(
 
 def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch, capsys):
     class Full:
-        def write(self, _):
+        def write(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         close = flush = write

@@ -19,7 +19,8 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("loss", "memory", "code"), [(1.5, [0.1] * 9, 0), (1.5000000000000002, [0.1] * 9, 1), (1.5, [0.1, 0.1, 0.1, 0.1, 0.1, 1.2], 1)]
+    ("loss", "memory", "code"),
+    [(1.5, [0.1] * 99, 0), (1.5000000000000002, [0.1] * 99, 1), (1.5, [0.1] * 98 + [1.2], 1), (1.5, [0.1, 1.2], 0)],
 )
 def test_a_bit_or_a_gigabyte_is_noticed(tmp_path, monkeypatch, capsys, loss, memory, code):
     def part(folder, steps, disturbance):
