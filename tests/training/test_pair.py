@@ -1,6 +1,10 @@
 """Two processes meet trouble alike: they stop, skip and resume at the same step, and neither waits for the other for ever."""
 
+import json
+import os
+
 import pytest
+from filelock import FileLock
 
 from tests.training.launch import two_ranks
 from tests.training.pair import KINDS
@@ -8,8 +12,14 @@ from tests.training.pair import KINDS
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
-    """What two ranks saw."""
-    return two_ranks("tests.training.pair", tmp_path_factory.mktemp("pair"))
+    """What two ranks saw; workers of one test session share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-ranks"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "seen.json").exists():
+            (folder / "seen.json").write_text(json.dumps(two_ranks("tests.training.pair", folder)))
+        return json.loads((folder / "seen.json").read_text())
 
 
 def test_nan_on_one_rank_stops_both_at_the_same_step_and_names_its_batch(pair):
