@@ -24,6 +24,7 @@ from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.config import knob, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.structural import read_lineage
+from bio_inspired_nanochat.training.guards import Interrupted, StopSignals
 from bio_inspired_nanochat.training.hardware import GIB
 
 SHARE = 0.33  # of the time, for the undisturbed run
@@ -90,7 +91,7 @@ class Part:
 def soak(config: SoakConfig) -> dict[str, Any]:
     """Run the test; the script's last line. `same` says whether both runs ended with the same loss, bit for bit.
 
-    Raises UserError for a process that fails otherwise than by the signal that it got.
+    Raises UserError for a process that fails otherwise than by the signal that it got, and when it is interrupted itself.
     """
     with tempfile.TemporaryDirectory(prefix="soak-") as made:
         folder = Path(config.folder).expanduser() if config.folder else Path(made)
@@ -98,7 +99,12 @@ def soak(config: SoakConfig) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"folder={folder} cannot be made ({error.strerror}): choose another --folder") from None
-        return _soak(config, folder)
+        with StopSignals() as signals:
+            signals.at_once = True  # so that no process of the run outlives this one
+            try:
+                return _soak(config, folder)
+            except Interrupted:
+                raise UserError(f"{signals.received} ended the soak test before its end") from None
 
 
 def _soak(config: SoakConfig, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The soak test itself: it passes for runs that end alike, and notices those that do not."""
 
 import json
+import os
+import signal
+import subprocess
 
 import pytest
 
@@ -46,3 +49,18 @@ def test_a_process_that_fails_by_itself_ends_the_soak(monkeypatch, tmp_path):
     monkeypatch.setattr(soak, "_part", lambda *_: soak.Part(1, None, [], "RuntimeError: something else"))
     with pytest.raises(soak.UserError, match="ended with 1 after nothing: RuntimeError"):
         soak.soak(soak.SoakConfig(folder=str(tmp_path)))
+
+
+def test_no_process_outlives_the_soak(monkeypatch, tmp_path):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def communicate(self, *arguments, **options):
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().communicate(*arguments, **options)
+
+    monkeypatch.setattr(soak.subprocess, "Popen", Popen)
+    with pytest.raises(soak.UserError, match="SIGTERM ended the soak test"):
+        soak.soak(soak.SoakConfig(folder=str(tmp_path)))
+    assert started[0].wait(timeout=10) == -signal.SIGKILL
