@@ -32,10 +32,11 @@ from torch import Tensor
 
 from bio_inspired_nanochat.common.console import say
 from bio_inspired_nanochat.common.files import sha256_file
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, damaged_file
 
 FORMAT = 1
 MANIFEST, MODEL, META = "manifest.json", "model.safetensors", "meta.json"
+CHOOSE = "choose another checkpoint"
 
 _STEP = re.compile(r"step_(\d{6,})")
 # Names beside the steps. `.replaced-` holds the old checkpoint of a step while the new one takes its name, and counts as a checkpoint
@@ -284,8 +285,9 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Load what `find_checkpoint(path)` finds. Tensors are on the CPU."""
     path = find_checkpoint(path)
-    step = _read_manifest(path)["step"]
-    return Checkpoint(path, step, _read_tensors(path / MODEL), json.loads((path / META).read_bytes()))
+    with damaged_file(path / META, CHOOSE):
+        meta = {**json.loads((path / META).read_bytes())}
+    return Checkpoint(path, _read_manifest(path)["step"], _read_tensors(path / MODEL), meta)
 
 
 def load_optimizer(path: Path | str, rank: int = 0) -> dict[str, Any]:
@@ -296,7 +298,9 @@ def load_optimizer(path: Path | str, rank: int = 0) -> dict[str, Any]:
     if f"{name}.json" not in manifest["files"]:
         saved = sum(entry.startswith("optim_rank") and entry.endswith(".json") for entry in manifest["files"])
         raise UserError(f"checkpoint {path} holds no optimizer state of rank {rank}: it was saved by {saved} ranks; resume with as many")
-    return _restored(json.loads((path / f"{name}.json").read_bytes()), _read_tensors(path / f"{name}.safetensors"))
+    tensors = _read_tensors(path / f"{name}.safetensors")
+    with damaged_file(path / f"{name}.json", CHOOSE):
+        return {**_restored(json.loads((path / f"{name}.json").read_bytes()), tensors)}
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:
@@ -391,10 +395,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+            aliases = (file.metadata() or {}).get("aliases", "{}")
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file ({error})") from None
-    return tensors | {name: tensors[source] for name, source in aliases.items()}
+        raise UserError(f"{path} is no safetensors file ({error}): {CHOOSE}") from None
+    with damaged_file(path, CHOOSE):
+        return tensors | {name: tensors[source] for name, source in json.loads(aliases).items()}
 
 
 # --- trees of tensors and JSON values --------------------------------------------------------------------------------------------

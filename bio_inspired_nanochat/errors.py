@@ -24,6 +24,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
+def damaged_file(what: object, fix: str) -> Iterator[None]:
+    """Turn what Python raises when data of a file has another form than its reader expects into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:160]}): {fix}") from None
+
+
+@contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError into one line on stderr and exit code 2; everything else propagates."""
     try:

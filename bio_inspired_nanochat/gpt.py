@@ -433,7 +433,7 @@ class GPT(nn.Module):
     def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> GPT:
         """The model of a checkpoint (a step directory or a folder of them), in evaluation mode on `device`."""
         checkpoint = load_checkpoint(find_checkpoint(path))
-        config = from_dict(GPTConfig, checkpoint.meta["model_config"])
+        config = from_dict(GPTConfig, checkpoint.meta.get("model_config"))
         with torch.device("meta"):
             model = cls(config)
         expected = dict(model.state_dict())

@@ -9,7 +9,7 @@ import torch
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.registry import config_with
 from bio_inspired_nanochat.synaptic.telemetry import BINS
-from bio_inspired_nanochat.training.loop import Objective
+from bio_inspired_nanochat.training.job import Objective
 from tests.contract import SYNAPSES, make_ids, make_model
 
 MODES = ("normal_reparam", "gumbel_sigmoid_ste", "straight_through")

@@ -6,6 +6,7 @@ The package is optional and imported here only.
 from __future__ import annotations
 
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ SHARD_CHARS = 64_000_000
 DOC_CHARS = 16_000
 VAL_FRACTION = 0.01
 _PROBE_SECONDS = 10.0
+_HTTP_ERRORS = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -87,7 +89,7 @@ def _open(name: str, files: list[Path]) -> tuple[IterableDataset, str]:
             stream = datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", streaming=True)
         else:
             stream = datasets.load_dataset(address, config or None, split="train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except _troubles() as error:
         raise _unusable(name, error) from None
     return stream, column
 
@@ -117,7 +119,6 @@ def _probe(address: str) -> None:
 
 
 def _texts(name: str, stream: IterableDataset, column: str, max_chars: int) -> Iterator[str]:
-    import datasets
 
     left = max_chars
     with progress(None, "dataset", "documents") as bar:
@@ -132,7 +133,7 @@ def _texts(name: str, stream: IterableDataset, column: str, max_chars: int) -> I
                     return
         except UserError:
             raise
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except _troubles() as error:
             raise _unusable(name, error) from None
 
 
@@ -145,6 +146,14 @@ def _text_of(name: str, record: dict[str, Any], column: str) -> str:
     if text is not None and not isinstance(text, str):
         raise UserError(f"dataset={name}: column {column!r} holds a {type(text).__name__}, not text: write OWNER/DATASET:CONFIG:COLUMN")
     return text or ""
+
+
+def _troubles() -> tuple[type[Exception], ...]:
+    """What reading a dataset may raise: its own errors, and those of the HTTP libraries in use, some of which are no OSError."""
+    import datasets
+
+    loaded = [(sys.modules.get(library), error) for library, error in _HTTP_ERRORS]
+    return (OSError, ValueError, datasets.exceptions.DatasetsError, *(getattr(module, error) for module, error in loaded if module))
 
 
 def _unusable(name: str, error: Exception) -> UserError:

@@ -48,12 +48,13 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring rows in one row group: the loader's row `first` is row `start` of the group."""
+    """Neighbouring rows in one row group: the loader's row `first` is row `start` of the group and row `row` of the file."""
 
     first: int
     path: Path
     group: int
     start: int
+    row: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class _Batch:
     inputs: Tensor
     targets: Tensor
     state: dict[str, Any]
+    rows: tuple[int, ...]
 
 
 class PackedLoader:
@@ -116,6 +118,7 @@ class PackedLoader:
         self.wait_seconds = 0.0
         self._rewind()
         self._last = self._snapshot()
+        self._rows: tuple[int, ...] = ()
 
     def _rewind(self) -> None:
         self._epoch, self._row, self._seen = 0, self._rank, False
@@ -134,6 +137,12 @@ class PackedLoader:
         dropped and documents cut by crops."""
         return dict(self._last["counts"])
 
+    @property
+    def documents(self) -> list[str]:
+        """The documents of the last batch handed out, in their order in the data: `shard_00000.parquet:17` is the file's 18th."""
+        runs = [(row, self._run(row)) for row in sorted(set(self._rows))]
+        return [f"{run.path.name}:{run.row + row - run.first}" for row, run in runs]
+
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next inputs [B,T] and targets [B,T], int64 on the CPU. Raises StopIteration at the end when loop=False."""
         began = time.perf_counter()
@@ -149,7 +158,7 @@ class PackedLoader:
             self.wait_seconds += time.perf_counter() - began
         if batch is None:
             raise StopIteration
-        self._last = batch.state
+        self._last, self._rows = batch.state, batch.rows
         return batch.inputs, batch.targets
 
     def __iter__(self) -> PackedLoader:
@@ -227,13 +236,14 @@ class PackedLoader:
         """One batch, or None at the end."""
         rows = np.full((self._batch, self._columns), self._tokenizer.bos_id, dtype=np.int64)
         lengths = np.zeros(self._batch, dtype=np.int64)
+        self._placed: list[int] = []
         for i in range(self._batch):
             lengths[i] = self._fill_row(rows[i])
         if not lengths[0]:
             return None
         targets = rows[:, 1:].copy()
         targets[np.arange(1, self._columns) >= lengths[:, None]] = -1
-        return _Batch(torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets), self._snapshot())
+        return _Batch(torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets), self._snapshot(), tuple(self._placed))
 
     def _fill_row(self, row: np.ndarray) -> int:
         """Pack one row in place; returns how many of its tokens are real."""
@@ -251,6 +261,7 @@ class PackedLoader:
                 piece = self._waiting.pop(bisect.bisect_left(self._waiting, longest, key=lambda piece: piece.length))
             else:
                 piece = self._waiting.pop(-1 if self._keep else 0)
+            self._placed.append(piece.row)
             placed = min(space, piece.length) - 1  # text tokens; the BOS of the row is already there
             row[used + 1 : used + 1 + placed] = piece.ids[:placed]
             used += placed + 1
@@ -291,9 +302,13 @@ class PackedLoader:
                 self._counts["documents"] += 1
                 bisect.insort(self._waiting, _Piece(len(ids) + 1, self._epoch, row, 0, np.array(ids, dtype=np.int32)))
 
+    def _run(self, row: int) -> _Run:
+        """The run that a row of all parts belongs to."""
+        return self._runs[bisect.bisect_right(self._runs, row, key=lambda run: run.first) - 1]
+
     def _text(self, row: int) -> str | None:
         """Text of a row of all parts; empty for null, None in a row group that cannot be read."""
-        run = self._runs[bisect.bisect_right(self._runs, row, key=lambda run: run.first) - 1]
+        run = self._run(row)
         if (run.path, run.group) in self._damaged:
             return None
         try:
@@ -326,7 +341,7 @@ def _runs(parts: Sequence[ShardPart]) -> list[_Run]:
         for group, rows in enumerate(part.groups):
             low, high = max(part.start, begin), min(part.stop, begin + rows)
             if low < high:
-                runs.append(_Run(first, part.path, group, low - begin))
+                runs.append(_Run(first, part.path, group, low - begin, low))
                 first += high - low
             begin += rows
     return runs

@@ -85,6 +85,8 @@ def open_shard(path: Path, column: str = "text") -> ShardPart:
         raise DamagedShard(f"{path} is not a readable parquet file ({_reason(error)})") from None
     check_column(path, schema, column)
     groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+    if sum(groups) != meta.num_rows:
+        raise DamagedShard(f"{path} is not a readable parquet file (its footer says {meta.num_rows} rows, its row groups {sum(groups)})")
     return ShardPart(path, 0, meta.num_rows, groups, _digest(path))
 
 
@@ -122,7 +124,10 @@ class ShardReader:
                 self.close()
                 self._file = (path, pq.ParquetFile(path, page_checksum_verification=True))
             table = self._file[1].read_row_group(index, columns=[self._column], use_threads=False)
-            return table.column(0).to_pylist()
+            texts, rows = table.column(0).to_pylist(), self._file[1].metadata.row_group(index).num_rows
+            if len(texts) != rows:
+                raise DamagedShard(f"{path} row group {index} has {len(texts)} rows, its footer says {rows}")
+            return texts
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DamagedShard(f"{path} row group {index} cannot be read ({_reason(error)})") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,13 +49,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def bits_per_byte(model: nn.Module, loader: Batches, batches: int, token_bytes: Sequence[int], max_rows: int | None = None) -> Bpb:
+class Stopped(Exception):
+    """An evaluation ended before its end, on every rank alike."""
+
+
+def bits_per_byte(
+    model: nn.Module,
+    loader: Batches,
+    batches: int,
+    token_bytes: Sequence[int],
+    max_rows: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Bpb:
     """Measure `model` on up to `batches` batches of `loader`, summed over all ranks.
 
     model: offers `token_losses(idx, targets) -> [B,T]` in nats. token_bytes: UTF-8 bytes of each token id, 0 for specials.
     max_rows: stop after this many rows of this rank, in the middle of a batch if need be, so that runs with different batch
     sizes see the same tokens. Every rank must call it: the sums are reduced together at the end.
-    Raises UserError when no rank saw a byte of text.
+    stop: asked before every batch, equally often on every rank even where one has less data, so it may be collective.
+    Raises UserError when no rank saw a byte of text, Stopped when `stop` says so.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(list(token_bytes), dtype=torch.int64, device=device)
@@ -64,12 +76,15 @@ def bits_per_byte(model: nn.Module, loader: Batches, batches: int, token_bytes: 
     rows_left = math.inf if max_rows is None else max_rows
     with evaluating(model):
         for _ in range(batches):
+            if stop is not None and stop():
+                raise Stopped
             if rows_left <= 0:
-                break
+                continue
             try:
                 idx, targets = loader.next_batch()
             except StopIteration:
-                break
+                rows_left = 0
+                continue
             if idx.shape[0] > rows_left:
                 idx, targets = idx[: int(rows_left)], targets[: int(rows_left)]
             rows_left -= idx.shape[0]

@@ -54,11 +54,16 @@ class TensorBoard(Callback):
         except ImportError:
             say("notice: no TensorBoard log, because the package tensorboard is not installed")
             return
-        purge = run.start_step + 1 if run.start_step else None
-        self._writer, self._run = SummaryWriter(str(run.log_dir), purge_step=purge), run
+        self._open = lambda purge: SummaryWriter(str(run.log_dir), purge_step=purge)
+        self._writer, self._run = self._open(run.start_step + 1 if run.start_step else None), run
         self._began = time.perf_counter()
         self._flags(to_dict(run.config))
         self._writer.add_custom_scalars(layout(len(run.model.blocks)))
+
+    def on_rollback(self, step: int) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = self._open(step + 1)
 
     def on_step(self, record: StepRecord) -> None:
         values = {name: value for name, value in dataclasses.asdict(record).items() if name not in ("step", "seconds_left")}

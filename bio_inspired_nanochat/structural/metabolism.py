@@ -42,9 +42,10 @@ class Ledger:
 
     def __init__(self, model: GPT) -> None:
         self.layers = model.experts()
-        self._clear()
+        self.discard()
 
-    def _clear(self) -> None:
+    def discard(self) -> None:
+        """Forget what was collected since the last `settle`."""
         device = self.layers[0].router.device
         self._taps = [torch.zeros(layer.slots, 2, device=device, requires_grad=True) for layer in self.layers]
         self._sums: list[Routing] | None = None
@@ -73,7 +74,7 @@ class Ledger:
             size = len(Routing._fields)
             sums = [Routing(*pieces[i * size : (i + 1) * size]) for i in range(len(sums))]
             taps = pieces[len(sums) * size :]
-        self._clear()
+        self.discard()
         return sums, taps
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, device
 
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, damaged_file
 
 FORMAT = "bio_inspired_nanochat.engram"
 PARTS = ("weights", "camkii", "pp1", "bdnf")
@@ -82,11 +82,11 @@ class Engram:
             raise UserError(f"engram file {path} cannot be read: {error}") from None
         if meta.get("format") != FORMAT:
             raise UserError(f"{path} is not an engram: make one with state.save_engram")
-        count = len(json.loads(meta["layout"])["modes"])
-        layers: list[dict[str, Tensor]] = [{} for _ in range(count)]
-        for name, value in tensors.items():
-            _, index, rest = name.split(".", 2)
-            layers[int(index)][rest] = value.to(device)
+        with damaged_file(path, "make another with state.save_engram"):
+            layers: list[dict[str, Tensor]] = [{} for _ in json.loads(meta["layout"])["modes"]]
+            for name, value in tensors.items():
+                _, index, rest = name.split(".", 2)
+                layers[int(index)][rest] = value.to(device)
         return cls(meta["layout"], layers)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +27,8 @@ from bio_inspired_nanochat.training.vitals import Look
 class Run:
     """What is fixed for the whole run.
 
-    start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs; tokenizer: that of the data.
+    start_step: steps done before (0 unless resumed); log_dir: the run's own folder, None for no logs; tokenizer: that of the data;
+    owed: events of the start step ("eval", "sample") that are about to be done, or done again.
     """
 
     config: TrainConfig
@@ -35,6 +37,7 @@ class Run:
     total_steps: int
     log_dir: Path | None
     tokenizer: Any = None
+    owed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,20 @@ class EvalRecord:
     tokens: int
 
 
+@dataclass(frozen=True)
+class FaultRecord:
+    """A step that went wrong and was left behind (see `faults.Fault`). step: where training stands now; at: the step that went wrong;
+    count: such steps so far.
+    """
+
+    step: int
+    at: int
+    what: str
+    action: str
+    count: int
+    batches: dict[int, list[str]]
+
+
 class Callback:
     """Does nothing; subclasses override what they need."""
 
@@ -94,6 +111,12 @@ class Callback:
 
     def on_save(self, step: int, path: Path) -> None:
         """After a checkpoint is complete."""
+
+    def on_rollback(self, step: int) -> None:
+        """After the model went back to `step`: what was recorded of later steps is void."""
+
+    def on_fault(self, record: FaultRecord) -> None:
+        """After a step that went wrong was skipped or rolled back."""
 
     def on_end(self, result: dict[str, Any]) -> None:
         """After the run ended in order; `result` is the script's last line."""
@@ -138,6 +161,17 @@ class Console(Callback):
         for text in texts:
             say(f"sample {step:0{self._width}d} | {text!r}")
 
+    def on_rollback(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(step - self._bar.done)
+
+    def on_fault(self, record: FaultRecord) -> None:
+        documents = sum(map(len, record.batches.values()))
+        say(
+            f"notice: step {record.at}: {record.what} ({documents} documents, named in metrics.jsonl): {record.action}, "
+            f"going on from step {record.step} (fault {record.count} of this run)"
+        )
+
     def on_save(self, step: int, path: Path) -> None:
         say(f"saved {step:0{self._width}d} | {path}")
 
@@ -168,17 +202,26 @@ class JsonLog(Callback):
     def on_start(self, run: Run) -> None:
         if run.log_dir is None:
             return
-        path = run.log_dir / "metrics.jsonl"
+        self._path = run.log_dir / "metrics.jsonl"
         write_atomic(run.log_dir / "config.json", json.dumps(to_dict(run.config), indent=1) + "\n")
-        write_atomic(path, "".join(_lines_up_to(path, run.start_step)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._reopen(run.start_step, run.owed if run.start_step else ("step", "eval", "sample", "save", "fault"))
+
+    def _reopen(self, step: int, again: Sequence[str] = ()) -> None:
+        """Keep the lines up to `step`, but for the kinds in `again` at that step."""
+        self.close()
+        write_atomic(self._path, "".join(_lines_up_to(self._path, step, again)))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         if self._file is None:
             return
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not cost the run what a checkpoint may still keep
+            say(f"notice: {self._path} cannot be written ({error.strerror}): this log ends here")
+            self.close()
 
     def on_step(self, record: StepRecord) -> None:
         self._write("step", dataclasses.asdict(record))
@@ -198,24 +241,36 @@ class JsonLog(Callback):
     def on_save(self, step: int, path: Path) -> None:
         self._write("save", {"step": step, "path": str(path)})
 
+    def on_rollback(self, step: int) -> None:
+        if self._file is not None:
+            self._reopen(step)
+
+    def on_fault(self, record: FaultRecord) -> None:
+        self._write("fault", dataclasses.asdict(record))
+
     def on_end(self, result: dict[str, Any]) -> None:
         self._write("end", {"step": result["steps"], **result})
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The complete lines of events up to `step`. An `end` line is dropped: the run goes on; so is a half-written last line."""
+def _lines_up_to(path: Path, step: int, again: Sequence[str]) -> list[str]:
+    """The complete lines of events up to `step`, without the kinds in `again` at that step.
+
+    An `end` line is dropped, because the run goes on; so is a half-written last line.
+    """
     kept = []
-    if path.exists() and step > 0:
+    if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 event = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if line.endswith("\n") and event.get("step", 0) <= step and event.get("kind") != "end":
+            at, kind = event.get("step", 0), event.get("kind")
+            if line.endswith("\n") and at <= step and kind != "end" and not (at == step and kind in again):
                 kept.append(line)
     return kept

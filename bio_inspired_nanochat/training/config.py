@@ -90,6 +90,17 @@ class TrainConfig:
         0.0, "end after this time; the learning rate decays by whichever runs out first, steps or minutes; 0 is no limit", lo=0.0, off=0.0
     )
 
+    on_nonfinite: str = knob(
+        "stop",
+        "after a loss or gradient that is not finite, or a loss spike: stop, skip that update, or rollback to the last checkpoint and go on "
+        "with the data after it; skip and rollback wait for the device in every step",
+        choices=("stop", "skip", "rollback"),
+    )
+    max_faults: int = knob(10, "such steps that skip and rollback put up with in a whole run, then it stops", lo=0)
+    loss_spike: float = knob(
+        5.0, "a loss this far above the mean of the steps before (at most 20) is a spike; 0 sees none", lo=0.0, off=0.0, unit="nats"
+    )
+
     eval_every: int = knob(250, "steps between evaluations; 0 evaluates only at the end", lo=0, off=0, unit="steps")
     eval_tokens: int | None = knob(
         None, "validation tokens of one evaluation; 0 never evaluates; auto is 65536 on a CPU, 2097152 on a GPU", lo=0, off=0, unit="tokens"
@@ -155,6 +166,10 @@ class TrainConfig:
             )
         if self.reshard and self.parallel != "fsdp":
             raise UserError("--reshard=1 has nothing to free under --parallel=ddp: add --parallel=fsdp")
+        if self.on_nonfinite == "rollback" and self.save_every <= 0:
+            raise UserError(
+                f"--on_nonfinite=rollback needs checkpoints to return to, save_every={self.save_every} makes none: give --save_every=N"
+            )
         if self.data_dir is not None and self.dataset is not None:
             raise UserError("--data_dir and --dataset are two sources of text: give one of them")
         if self.run_name is not None and (not self.run_name.strip(".") or "/" in self.run_name or "\\" in self.run_name):

@@ -74,6 +74,15 @@ class ExpertKeeper:
             self.log.write(lines)
         return done
 
+    def discard(self) -> None:
+        """Forget what the forwards of a step said that is not taken."""
+        self.ledger.discard()
+
+    def rollback(self, step: int) -> None:
+        """The model went back to `step`: so does the log."""
+        if self.log is not None:
+            self.log.resume(step)
+
     @torch.no_grad()
     def _loss(self, idx: Tensor, targets: Tensor) -> float:
         """Mean loss of a batch over ranks; the events are rare enough to wait for it."""

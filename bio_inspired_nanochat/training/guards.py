@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Self
@@ -23,33 +23,74 @@ GO_ON, TIME_IS_UP, INTERRUPTED = 0, 1, 2
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
-class StopSignals:
-    """Catches SIGINT and SIGTERM so that the step in progress is finished. A second signal acts as if nothing was caught.
+GRACE = 25.0  # seconds from a signal until an orderly stop is given up; launchers kill after 30
+ECHO = 2.0  # seconds in which a second signal is the same one: a launcher passes on what the terminal has sent already
 
-    A context manager; outside of the main thread, where Python installs no handlers, it does nothing.
+
+class Interrupted(BaseException):
+    """A signal ends the run here, in the middle of what it was doing. Not an Exception, so that no handler of errors keeps it."""
+
+
+class StopSignals:
+    """Catches SIGINT and SIGTERM. A context manager that can be entered again inside of itself; outside of the main thread, where Python installs no handlers, it does nothing.
+
+    While `at_once`, a signal raises Interrupted where it arrives. Else it is only noted in `received`, for the caller to come to an
+    orderly end; if that takes longer than `grace` seconds, Interrupted is raised after all, unless `relax` was called. A further
+    signal later than `echo` seconds after the first acts as if nothing was caught.
     """
 
-    def __init__(self) -> None:
-        self.received = ""
+    def __init__(self, grace: float = GRACE, echo: float = ECHO) -> None:
+        self.received, self.at_once = "", False
+        self._grace, self._echo = grace, echo
+        self._first, self._late = 0.0, False
+        self._timer: threading.Timer | None = None
         self._before: dict[int, object] = {}
+        self._depth = 0
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        self._depth -= 1
+        if not self._depth:
+            self._restore()
 
     def _restore(self) -> None:
+        self.relax()
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
+
+    def relax(self) -> None:
+        """No deadline any more: what comes now, such as writing a checkpoint, is worth its time."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._late:
+            self._late = False
+            raise Interrupted
+        if self.received:
+            if now - self._first > self._echo:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.received, self._first = signal.Signals(number).name, now
+        if self.at_once:
+            raise Interrupted
+        self._timer = threading.Timer(self._grace, self._overdue, [number])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _overdue(self, number: int) -> None:
+        self._late = True
+        signal.pthread_kill(threading.main_thread().ident, number)  # type: ignore[arg-type]  # wakes it from a system call, too
 
 
 def agree(values: Sequence[float]) -> list[float]:
@@ -61,26 +102,10 @@ def agree(values: Sequence[float]) -> list[float]:
     return box.tolist()
 
 
-def first_not_finite(rows: Sequence[Sequence[float]]) -> int | None:
-    """Index of the first row that holds NaN or infinity, or None."""
-    for i, row in enumerate(rows):
-        if not all(math.isfinite(value) for value in row):
-            return i
-    return None
-
-
 def all_finite(params: Iterable[Tensor]) -> bool:
     """Whether every weight is finite on every rank; one wait for the device. Collective: ranks may hold different ones."""
     norms = torch._foreach_norm([param.detach() for param in params], float("inf"))
     return agree([float(not torch.isfinite(torch.stack(norms)).all().item())]) == [0.0]
-
-
-def not_finite(step: int, what: str, last_saved: str | None) -> UserError:
-    """The error for a run that diverged at `step` (counting from 1). what: the subject with its verb, `loss is`."""
-    rest = f"the checkpoint before it is {last_saved}" if last_saved else "no checkpoint was saved before it"
-    return UserError(
-        f"step {step}: the {what} not finite, training diverged and stopped; {rest}; lower --optim.matrix_lr or set --optim.grad_clip=1"
-    )
 
 
 @contextlib.contextmanager

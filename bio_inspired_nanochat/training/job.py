@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ from bio_inspired_nanochat.engine import generate_batch
 from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import Optimizer
-from bio_inspired_nanochat.synaptic import Probe, Routing
+from bio_inspired_nanochat.synaptic import Probe, Routing, SynapticCausalSelfAttention
 from bio_inspired_nanochat.tokenizer import Tokenizer
-from bio_inspired_nanochat.training.loopstate import Progress
+from bio_inspired_nanochat.training.loopstate import Progress, Registry
 from bio_inspired_nanochat.training.plan import Plan
 
 SAMPLE_PROMPTS = ("The", "Once upon a time", "A: Hello, how are you?\nB:")
@@ -28,7 +28,7 @@ SAMPLE_TOKENS = 32
 class Loader(Protocol):
     """What the loop needs of a data loader; `PackedLoader` has it."""
 
-    wait_seconds: float
+    wait_seconds: float  # and, where it has them: `documents` of the last batch, `counts` (see PackedLoader)
 
     @property
     def epoch(self) -> int: ...
@@ -44,6 +44,9 @@ class Objective(nn.Module):
     def __init__(self, model: GPT, seed: int = 0) -> None:
         super().__init__()
         self.model, self.seed = model, seed
+        for layer in model.modules():
+            if isinstance(layer, SynapticCausalSelfAttention):
+                layer.checked = False
 
     def forward(
         self, idx: Tensor, targets: Tensor, step: int = 0, first_row: int = 0, probes: list[Probe] | None = None
@@ -63,9 +66,10 @@ class Objective(nn.Module):
 class Job:
     """Everything that one run works with.
 
-    save: writes a checkpoint of the progress and returns its path on rank 0; collective. masked: the batches hold different numbers of
-    targets, so that a step weighs its forwards by them. prompts: what samples of text continue, by default SAMPLE_PROMPTS. origin: the
-    checkpoint that a fine-tuning began with.
+    save: writes a checkpoint of the progress and returns its path on rank 0, reload: returns to one but for its place in the data; both are
+    collective. states: whatever else a checkpoint must hold. masked: the batches hold different numbers of targets, so that a step weighs
+    its forwards by them. prompts: what samples of text continue, by default SAMPLE_PROMPTS. origin: the checkpoint that a fine-tuning
+    began with.
     """
 
     plan: Plan
@@ -78,6 +82,8 @@ class Job:
     tokenizer: Tokenizer
     progress: Progress
     save: Callable[[Job], Path | None]
+    reload: Callable[[Job, Path], None] | None = None
+    states: Registry = field(default_factory=Registry)
     log_dir: Path | None = None
     resumed_from: Path | None = None
     masked: bool = False
@@ -102,8 +108,8 @@ class Job:
         for (idx, targets), count in zip(pairs, counts, strict=True):
             yield idx, targets, total.item() / (count * self.rank.world)
 
-    def sample(self, model: GPT) -> list[str]:
-        """What `model` makes of the prompts, prompt included."""
+    def sample(self, model: GPT, stopped: Callable[[], bool] = lambda: False) -> list[str] | None:
+        """What `model` makes of the prompts, prompt included; None when `stopped` said so between two tokens."""
         tokenizer, room = self.tokenizer, self.plan.model.sequence_len - 2
         prompts = self.prompts or [tokenizer.encode(text, bos=True) for text in SAMPLE_PROMPTS]
         tokens = [list(prompt[:room]) for prompt in prompts]
@@ -111,6 +117,8 @@ class Job:
         with evaluating(model):
             made = generate_batch(model, [list(row) for row in tokens], SAMPLE_TOKENS, seed=self.plan.config.seed, top_k=50, stop_ids=stops)
             for item in made:
+                if stopped():
+                    return None
                 for row, token in enumerate(item):
                     tokens[row] += [] if token is None else [token]
         return [tokenizer.decode(row[1:]) for row in tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from bio_inspired_nanochat.common import compute_dtype, say
 from bio_inspired_nanochat.config import GPTConfig, to_dict
+from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import active_size
 from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults, model_config
@@ -102,6 +104,21 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
         config, vocab_size=shape.vocab_size, device_batch_size=rows, total_batch_size=tokens, num_iterations=steps, n_embd=shape.n_embd
     )
     return Plan(config, shape, dtype, world, steps, accumulation, tokens, params, model.flops_per_token())
+
+
+def check_memory(plan: Plan, device: torch.device) -> None:
+    """UserError for a model whose weights and optimizer state are larger than this machine's memory, before anything is allocated.
+
+    For CPUs, where the system would end the process without a word; a GPU says so itself.
+    """
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if static_bytes(plan.params) > memory:
+        raise UserError(
+            f"depth={plan.model.n_layer} and n_embd={plan.model.n_embd} need about {plan.memory_gib():.0f} GiB of {memory / GIB:.0f} GiB memory: "
+            "use a smaller --depth or --n_embd"
+        )
 
 
 def _dense_params(model: GPT) -> int:

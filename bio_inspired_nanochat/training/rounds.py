@@ -114,7 +114,8 @@ class Entrant:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        self.rounds.append(done)
+        if done["steps"] or not self.rounds:  # else a signal came before the first step of this round
+            self.rounds.append(done)
         seconds, steps = time.perf_counter() - began, done["steps"] - before
         if done["tok_per_s"] and steps:
             self.pace = self.plan.tokens_per_step / done["tok_per_s"]

@@ -11,28 +11,28 @@ from typing import Any
 
 import torch
 
-from bio_inspired_nanochat.checkpoint import Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
+from bio_inspired_nanochat.checkpoint import CHOOSE, Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from bio_inspired_nanochat.common import Rank, pick_device, say, whole_tree
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
 from bio_inspired_nanochat.engine.conversation import TUNED
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.injection import START
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.registry import inert_fields
 from bio_inspired_nanochat.synaptic import describe_execution
 from bio_inspired_nanochat.tokenizer import Tokenizer
-from bio_inspired_nanochat.training import guards
+from bio_inspired_nanochat.training import faults, guards
 from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
 from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults
 from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.job import Job
 from bio_inspired_nanochat.training.loop import Trainer
-from bio_inspired_nanochat.training.loopstate import Progress, restore_rng, rng_state
+from bio_inspired_nanochat.training.loopstate import Generators, Progress
 from bio_inspired_nanochat.training.parallel import load_weights, shard
-from bio_inspired_nanochat.training.plan import Plan, given_fields, inherit, make_plan
+from bio_inspired_nanochat.training.plan import Plan, check_memory, given_fields, inherit, make_plan
 from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, gather, on_rank0, process_group
 
 
@@ -46,9 +46,16 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = (), given: set[st
     given = given_fields(config) if given is None else given
     check_device_count(config.device)
     device = pick_device(config.device)
-    with process_group(device) as rank:
-        job = prepare(config, device, rank, given)
-        return Trainer(job, [Console(), JsonLog(), *callbacks]).run()
+    with process_group(device) as rank, guards.StopSignals() as signals:
+        signals.at_once = rank.world == 1  # several ranks come to the loop, where they can agree to stop
+        try:
+            job = prepare(config, device, rank, given)
+            signals.at_once = False
+            trainer = Trainer(job, [Console(), JsonLog(), *callbacks], signals)
+        except guards.Interrupted:
+            say(f"notice: {signals.received} before the first step: nothing to save")
+            return unstarted(config.run_name, device, signals.received)
+        return trainer.run()
 
 
 def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[str]) -> Job:
@@ -68,6 +75,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
         for line in plan.describe():
             say(line)
     _say_inert(plan, given)
+    on_rank0(lambda: check_memory(plan, device))
     say(describe_execution(plan.model, device, plan.dtype))
     model = shard(build_model(plan, device), plan, device)
     optimizer = build_optimizer(
@@ -90,8 +98,10 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
         tokenizer=tokenizer,
         progress=Progress(),
         save=lambda job: save(job, folders.checkpoints),
+        reload=reload,
         log_dir=folders.logs,
     )
+    register_states(job)
     if saved is not None:
         restore(job, saved)
     return job
@@ -139,13 +149,13 @@ def save(job: Job, folder: Path, about: Mapping[str, Any] | None = None) -> Path
     Optimizer states are equal on all ranks, so one is stored; what FSDP has divided is gathered first, so the files do not depend on
     `--parallel`. The position in the data and the random generators are each rank's own.
     """
-    ranks = gather({"loader": job.loader.state_dict(), "rng": rng_state(job.device)})
+    ranks = gather(job.states.of_rank())
     meta = {
         "step": job.progress.step,
         "kind": "base",
         "model_config": to_dict(job.plan.model),
         "train_config": to_dict(job.plan.config),
-        "loop": {"progress": job.progress.to_meta(), "ranks": ranks, "tokens_per_step": job.plan.tokens_per_step},
+        "loop": {**job.states.of_run(), "ranks": ranks, "tokens_per_step": job.plan.tokens_per_step},
     } | dict(about or {})
 
     state = whole_tree({name: value.detach() for name, value in job.model.state_dict().items()})
@@ -159,6 +169,13 @@ def save(job: Job, folder: Path, about: Mapping[str, Any] | None = None) -> Path
     return broadcast(on_rank0(write))
 
 
+def register_states(job: Job) -> None:
+    """Name what a checkpoint holds beside weights and optimizer."""
+    job.states.add("progress", job.progress)
+    job.states.add("loader", job.loader, per_rank=True)
+    job.states.add("rng", Generators(job.device), per_rank=True)
+
+
 def restore(job: Job, saved: Checkpoint) -> None:
     """Continue from a checkpoint: weights, optimizer, position in the data, random generators, counters.
 
@@ -169,20 +186,43 @@ def restore(job: Job, saved: Checkpoint) -> None:
         job.resumed_from = saved.path
         say(f"starting from the weights in {saved.path}")
         return
-    loop = saved.meta.get("loop", {})
-    if "progress" not in loop or "ranks" not in loop:
-        raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
-    on_rank0(lambda: _check_world(saved, len(loop["ranks"]), job.plan.world))
+    with damaged_file(f"the training state of checkpoint {saved.path}", CHOOSE):
+        loop = saved.meta.get("loop", {})
+        if "progress" not in loop or "ranks" not in loop:
+            raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
+        on_rank0(lambda: _check_world(saved, len(loop["ranks"]), job.plan.world))
+        load_weights(job.model, saved.model)
+        job.optimizer.load_state_dict(load_optimizer(saved.path))
+        job.states.load(loop, loop["ranks"][job.rank.index])
+        before = int(loop["tokens_per_step"])
+    job.resumed_from = saved.path
+    if before != job.plan.tokens_per_step:
+        say(f"notice: steps had {before:,} tokens before, now {job.plan.tokens_per_step:,}")
+    say(f"resumed from step {job.progress.step}: {saved.path}")
+
+
+def reload(job: Job, path: Path) -> None:
+    """Return to a checkpoint of this run after a fault, but not in the data, which goes on where it is: the batch is not met again.
+
+    The counters of faults and the time go on, too. Collective.
+    """
+    saved = on_rank0(lambda: load_checkpoint(path), then_all=True)
+    assert saved is not None
+    now = job.progress.state_dict()
     load_weights(job.model, saved.model)
     job.optimizer.load_state_dict(load_optimizer(saved.path))
-    own = loop["ranks"][job.rank.index]
-    job.loader.load_state_dict(own["loader"])  # type: ignore[attr-defined]
-    restore_rng(own["rng"], job.device)
-    job.progress = Progress.from_meta(loop["progress"])
-    job.resumed_from = saved.path
-    if loop["tokens_per_step"] != job.plan.tokens_per_step:
-        say(f"notice: steps had {loop['tokens_per_step']:,} tokens before, now {job.plan.tokens_per_step:,}")
-    say(f"resumed from step {job.progress.step}: {saved.path}")
+    job.progress.load_state_dict(saved.meta["loop"]["progress"])
+    job.progress.load_state_dict(
+        {**job.progress.state_dict(), **{name: now[name] for name in ("seconds", "faults", "skipped", "rollbacks")}}
+    )
+
+
+def unstarted(run_name: str | None, device: torch.device, stopped: str) -> dict[str, Any]:
+    """The record of a run that a signal ended before its first step; see `Trainer.result`."""
+    empty = ("final_loss", "val_bpb", "val_loss", "first_loss", "tok_per_s", "params", "checkpoint", "resumed_from", "log_dir")
+    counts = dict.fromkeys(("steps", "tokens", "skipped_steps", "rollbacks", "lineage_events"), 0)
+    rest = {"stopped": stopped, "seconds": 0.0, "peak_memory_gib": round(peak_memory_gib(device), 3), "device": str(device), "data": {}}
+    return dict.fromkeys(empty) | counts | rest | {"run_name": run_name}
 
 
 def _check_world(saved: Checkpoint, before: int, now: int) -> None:
@@ -204,7 +244,7 @@ def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> 
 
 def _check_same_model(model: GPTConfig, saved: Checkpoint) -> None:
     """UserError when the flags ask for another model than the checkpoint's. The execution backend may change."""
-    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta["model_config"])))
+    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta.get("model_config"))))
     for name in (*FLAG_OF, *now):
         if name != "backend" and now[name] != then[name]:
             raise UserError(
@@ -250,6 +290,7 @@ def dry_run(config: TrainConfig, given: set[str] | None = None) -> dict[str, Any
     for line in plan.describe():
         say(line)
     _say_inert(plan, given_fields(config) if given is None else given)
+    check_memory(plan, device)
     say(f"memory: about {plan.memory_gib():.2f} GiB for {plan.rows} rows in {str(plan.dtype).removeprefix('torch.')}")
     memory = total_memory(device)
     half = max(1, plan.rows // 2)
@@ -260,7 +301,7 @@ def dry_run(config: TrainConfig, given: set[str] | None = None) -> dict[str, Any
     with guards.out_of_memory_as_user_error(plan.rows, fits, str(device)):
         loss = _one_step(plan, device)
     if not math.isfinite(loss):
-        raise guards.not_finite(1, "loss is", None)
+        raise faults.diverged(faults.Fault(1, "the loss is not finite", {}), None)
     say(f"one step on random tokens: loss {loss:.4f}, {peak_memory_gib(device):.2f} GiB at the peak")
     return {
         "dry_run": True,

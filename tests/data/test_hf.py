@@ -116,3 +116,26 @@ def test_a_missing_package_names_the_command(files: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(UserError, match="pip install datasets"):
         prepare_dataset(str(files))
+
+
+def test_a_server_that_drops_the_connection_is_one_line_and_leaves_nothing(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    import datasets
+
+    class Dropped(Exception):
+        """As the HTTP libraries have it: no OSError."""
+
+    def stream(*_, **__):
+        yield {"text": "one"}
+        yield {"text": "two"}
+        raise Dropped("peer closed connection without sending complete message body")
+
+    monkeypatch.setitem(sys.modules, "httpx2", SimpleNamespace(HTTPError=Dropped))
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    with pytest.raises(UserError, match="cannot be read .*peer closed connection"):
+        prepare_dataset(str(files))
+    monkeypatch.undo()
+    source = resolve_data(None, str(files))
+    assert sorted([*source.texts("train"), *source.texts("val")]) == sorted(TEXTS), "the next try starts afresh"

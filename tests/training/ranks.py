@@ -16,7 +16,8 @@ from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
-from bio_inspired_nanochat.training.loop import Job, Trainer
+from bio_inspired_nanochat.training.job import Job
+from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Progress
 from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.parallel import shard

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -12,12 +13,39 @@ from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.clock import Clock
 
 
-def test_the_second_signal_is_not_caught():
-    with guards.StopSignals() as signals:
+def test_a_second_signal_is_not_caught_unless_it_is_an_echo_of_the_first():
+    with guards.StopSignals(echo=0.2) as signals:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does that got the same Ctrl-C
         assert signals.received == "SIGINT"
+        time.sleep(0.25)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stop_that_takes_too_long_happens_in_the_middle():
+    before = signal.getsignal(signal.SIGTERM)
+    began = time.monotonic()
+    with pytest.raises(guards.Interrupted), guards.StopSignals(grace=0.2) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert time.monotonic() - began < 5 and signals.received == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_is_worth_its_time_has_no_deadline():
+    with guards.StopSignals(grace=0.1) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.relax()
+        time.sleep(0.3)
+
+
+def test_before_the_loop_a_signal_ends_at_once_and_signals_nest():
+    with pytest.raises(guards.Interrupted), guards.StopSignals() as signals:
+        signals.at_once = True
+        with signals:
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -33,13 +61,6 @@ def test_memory_errors_name_a_batch_that_fits(rows, fits, said):
 def test_other_errors_are_not_memory_errors():
     with pytest.raises(RuntimeError, match="shape"), guards.out_of_memory_as_user_error(8, lambda: 4, "cpu"):
         raise RuntimeError("shape mismatch")
-
-
-@pytest.mark.parametrize(
-    ("rows", "bad"), [([[1.0, 2.0], [3.0, 4.0]], None), ([[1.0, 2.0], [3.0, float("inf")]], 1), ([[float("nan"), 0]], 0)]
-)
-def test_the_first_row_that_is_not_finite(rows, bad):
-    assert guards.first_not_finite(rows) == bad
 
 
 def test_one_bad_weight_among_many_is_found():

@@ -1,17 +1,31 @@
 """N steps are k steps and N - k more, bit for bit, logs included."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from bio_inspired_nanochat.checkpoint import load_checkpoint, load_optimizer
+from bio_inspired_nanochat.checkpoint import load_checkpoint, load_optimizer, save_checkpoint
+from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.structural import read_lineage
 from bio_inspired_nanochat.training import Callback, TrainConfig, train
+from bio_inspired_nanochat.training import run as run_module
+from bio_inspired_nanochat.training.loop import Trainer
+from tests.training.ranks import LIVING
 from tests.training.tiny import corpus, small
 
-KINDS = {"vanilla": {}, "synaptic": {"synapses": True, "doc_mask": True, "value_embeds": True}}
+FAST = SynapticConfig(hebb="delta", rank_eligibility=4, stochastic_train_frac=0.5)
+KINDS = {
+    "vanilla": {},
+    "synaptic": {"synapses": True, "doc_mask": True, "value_embeds": True},
+    "fast weights": {"synapses": True, "syn_cfg": FAST, "consolidate_every": 3, "consolidate_strength": 0.5},
+    "experts": LIVING,
+}
+STOPS = {"one": (3,), "two": (2, 5)}
 
 
 class Losses(Callback):
@@ -49,18 +63,87 @@ def same_checkpoint(left: str, right: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopping_and_resuming_twice_changes_no_bit(tmp_path, kind):
+def test_stopping_and_resuming_changes_no_bit(tmp_path, kind):
     changes = {**KINDS[kind], "log_every": 1, "num_iterations": 7}
-    whole, losses = run(small(tmp_path / "a", **changes))
-    parts: list[str] = []
-    for stop_after, resume in ((2, ""), (5, "auto"), (0, "auto")):
-        record, more = run(small(tmp_path / "b", **changes, stop_after=stop_after, resume=resume))
-        parts += more
-    assert parts == losses and len(set(losses)) == 7
-    assert record["resumed_from"] == 5 and record["steps"] == 7
-    for name in ("final_loss", "val_bpb", "val_loss", "tokens"):
-        assert record[name] == whole[name], name
-    same_checkpoint(whole["checkpoint"], record["checkpoint"])
+    whole, losses = run(small(tmp_path / "whole", **changes))
+    assert len(set(losses)) == 7
+    for name, stops in STOPS.items():
+        parts: list[str] = []
+        for stop_after, resume in zip((*stops, 0), ("", *["auto"] * len(stops)), strict=True):
+            record, more = run(small(tmp_path / name, **changes, stop_after=stop_after, resume=resume))
+            parts += more
+        assert parts == losses, f"{name}: {parts} is not {losses}"
+        assert record["resumed_from"] == stops[-1] and record["steps"] == 7
+        for field in ("final_loss", "val_bpb", "val_loss", "tokens"):
+            assert record[field] == whole[field], field
+        same_checkpoint(whole["checkpoint"], record["checkpoint"])
+        if kind == "experts":
+            events = [read_lineage(each["log_dir"]) for each in (whole, record)]
+            between = [event for event in events[0] if stops[0] < event["step"] <= (stops[1] if stops[1:] else 7)]
+            assert events[0] == events[1] and between, "events of the life cycle lie between the stops"
+
+
+def test_what_has_state_is_registered_once_and_all_of_it(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(run_module, "Trainer", lambda job, *rest: jobs.append(job) or Trainer(job, *rest))
+    train(small(tmp_path, **LIVING))
+    (job,) = jobs
+    registered = job.states.parts()
+    assert len({id(part) for part in registered}) == len(registered)
+    own = [value for value in vars(job).values() if hasattr(value, "state_dict")]
+    elsewhere = [job.model, job.optimizer]  # files of their own
+    assert [type(value).__name__ for value in own if not any(value is part for part in [*registered, *elsewhere])] == []
+    assert set(job.states.of_run()) | set(job.states.of_rank()) == {"progress", "loader", "rng"}
+    kept = {name for name, _ in job.model.named_buffers()} & set(job.model.state_dict())
+    assert any("accounts.energy" in name for name in kept), "accounts of experts are buffers that checkpoints hold"
+    with pytest.raises(AssertionError, match="loader is registered twice"):
+        job.states.add("loader", job.loader)
+    with pytest.raises(UserError, match="no state of the loader"):
+        job.states.load(job.states.of_run(), {})
+
+
+def test_another_number_of_processes_is_refused_with_the_fix(tmp_path):
+    record, _ = run(small(tmp_path, num_iterations=2, save_every=0))
+    path = Path(record["checkpoint"])
+    saved = load_checkpoint(path)
+    loop = saved.meta["loop"]
+    meta = {**saved.meta, "loop": {**loop, "ranks": loop["ranks"] * 2}}
+    save_checkpoint(
+        path.parent,
+        3,
+        saved.model,
+        {**meta, "step": 3},
+        load_optimizer(path),
+        {"tokenizer.json": saved.file("tokenizer.json").read_bytes()},
+    )
+    with pytest.raises(UserError, match="written by 2 processes, this run has 1: start it with as many"):
+        run(small(tmp_path, resume="3"))
+
+
+def test_what_a_signal_prevented_is_done_by_the_run_that_resumes(tmp_path):
+    class Signal(Callback):
+        def after_update(self, step, model, optimizer) -> None:
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    changes = {"log_every": 1, "num_iterations": 6, "eval_every": 2, "sample_every": 4}
+    whole = train(small(tmp_path / "a", **changes), [Losses()])
+    first = train(small(tmp_path / "b", **changes), [Signal()])
+    assert first["stopped"] == "SIGTERM" and first["steps"] == 4
+    logs = []
+    for record in (whole, train(small(tmp_path / "b", **changes, resume="auto"), [Losses()])):
+        events = [json.loads(line) for line in (Path(record["log_dir"]) / "metrics.jsonl").read_text().splitlines()]
+        logs.append([(e["kind"], e["step"], e.get("val_bpb"), e.get("texts")) for e in events if e["kind"] in ("eval", "sample")])
+    assert logs[0] == logs[1] and [step for kind, step, *_ in logs[0] if kind == "eval"] == [2, 4, 6]
+
+
+def test_what_is_done_twice_stands_in_the_log_once(tmp_path):
+    changes = {"log_every": 1, "num_iterations": 4, "save_every": 2, "eval_every": 2, "keep_checkpoints": 0}
+    record, _ = run(small(tmp_path, **changes))
+    run(small(tmp_path, **changes, resume="2"))  # a process that died after the evaluation of step 2
+    run(small(tmp_path, **changes, resume="auto"))  # and one that had finished
+    events = [json.loads(line) for line in (Path(record["log_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "eval"] == [2, 4]
 
 
 def test_a_periodic_checkpoint_in_mid_run_is_as_good_as_a_stop(tmp_path):
