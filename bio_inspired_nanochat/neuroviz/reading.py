@@ -19,6 +19,7 @@ from torch import Tensor
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.synaptic import Extras
 
 SENTENCE = "The king said to his friend that the bird sang near the river, and the king said that the bird sang well."
 
@@ -76,7 +77,7 @@ def _watched(model: GPT, weights: list[Tensor]) -> Iterator[None]:
             kept = layer.backend, layer.parts
             layer.backend = layer.parts = "reference"  # the only one that takes values of any width
             try:
-                weights.append(plain(x, q, k, units, extras._replace(record=None))[0].float().cpu())
+                weights.append(plain(x, q, k, units, Extras(extras.doc, extras.noise))[0].float().cpu())
             finally:
                 layer.backend, layer.parts = kept
             return plain(x, q, k, v, extras)
