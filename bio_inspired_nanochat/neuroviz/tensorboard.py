@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bio_inspired_nanochat.common import say, write_atomic
+from bio_inspired_nanochat.common import is_cut, say, write_atomic
 from bio_inspired_nanochat.config import to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.neuroviz import figures
@@ -178,7 +178,8 @@ class TensorBoard(Callback):
     def _drawings(self) -> dict[str, Any]:
         assert self._run is not None
         found = {}
-        if self._run.tokenizer is not None and self._run.config.synapses:
+        alone = not any(is_cut(param) for param in self._run.model.parameters())  # else a forward would wait for the other ranks
+        if self._run.tokenizer is not None and self._run.config.synapses and alone:
             reading = read_text(self._run.model, self._run.tokenizer, attention=True, most=PICTURE_TOKENS)
             found = {
                 f"pictures/{name}": figures.state_map(reading, name) for name in ("calcium", "vesicles") if name in reading.quantities()

@@ -347,10 +347,13 @@ class Trainer:
         return True
 
     def _look(self) -> None:
-        """Let the callbacks see what synapses and experts do on the step's last batch. On rank 0, without waiting for others."""
-        if self.job.rank.first and self.callbacks and self._last_batch is not None:
+        """Let the callbacks see what synapses and experts do on the step's last batch, on rank 0. Collective where the model is divided."""
+        if not self.callbacks or self._last_batch is None:
+            return
+        model = whole_model(self.job.model)
+        if self.job.rank.first:
             ballots = () if self.keeper is None else self.keeper.ballots
-            seen = look(self.job.model, self._last_batch, self.progress.step, ballots)
+            seen = look(model, self._last_batch, self.progress.step, ballots)
             if seen is not None:
                 self._tell("on_look", seen)
 

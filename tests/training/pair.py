@@ -111,6 +111,7 @@ def stopped(rank, phase: str) -> dict:
     else:  # rank 0 alone samples
         job.tokenizer.encode = signalled(lambda text, bos: [0, 1], 0)
         job.tokenizer.decode, job.tokenizer.bos_id = str, 0
+        job.tokenizer.special = len
     result = trainer.run()
     return {"steps": result["steps"], "stopped": result["stopped"], "owed": job.progress.owed, "fired": bool(fired)}
 
