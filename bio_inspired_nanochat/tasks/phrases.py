@@ -37,8 +37,10 @@ def objective(model: GPT, step: int) -> Tensor:
 
 
 def train(model: GPT, steps: int, on_step: Callable[[int, float], None] | None = None) -> list[float]:
-    """Train with the project's optimizer; the loss of every step. `on_step(step, loss)` is called after each."""
-    optimizer = build_optimizer(model.named_parameters(), model.param_roles(), OptimConfig(), n_embd=model.config.n_embd, batch_tokens=512)
+    """Train with the project's optimizer, fast weights at a rate for few steps; the loss of every step. `on_step(step, loss)` is called after each."""
+    optimizer = build_optimizer(
+        model.named_parameters(), model.param_roles(), OptimConfig(fast_lr=0.02), n_embd=model.config.n_embd, batch_tokens=512
+    )
     losses = []
     for step in range(steps):
         optimizer.schedule(step, steps)

@@ -17,7 +17,9 @@ from bio_inspired_nanochat.common import console, progress, say, table
 # Torch takes seconds to import, is needed by the neighbours of the console only, and is left out of these small programs.
 PRELUDE = """
 import sys, types
-sys.modules["torch"] = types.ModuleType("torch")
+torch, dist = types.ModuleType("torch"), types.ModuleType("torch.distributed")
+torch.distributed, torch.Tensor, torch.no_grad = dist, object, lambda: lambda function: function
+sys.modules.update({"torch": torch, "torch.distributed": dist})
 """
 
 SCRIPT = (

@@ -246,7 +246,7 @@ def test_the_summary_leaves_failed_runs_out():
 def test_full_attention_and_the_memory_learn_what_the_window_cannot(tmp_path):
     task = Recall(distance=12, spread=0, pairs=2, keys=4, values=4, fillers=4)
     shape = {"n_layer": 2, "n_embd": 32, "rows": 24, "eval_rows": 128, "recall": task, "steps": 160, "seeds": (1,)}
-    optim, synapses = OptimConfig(matrix_lr=0.03), dataclasses.replace(SYNAPSES, rank_eligibility=16)
+    optim, synapses = OptimConfig(matrix_lr=0.03, fast_lr=0.02), dataclasses.replace(SYNAPSES, rank_eligibility=16)
     result = memory_study(study(tmp_path, variants=("vanilla", "full", "delta"), optim=optim, syn_cfg=synapses, **shape))
     found = {name: cell["accuracy"] for name, cell in result["results"]["recall"].items()}
     assert found["vanilla"] < 0.35 and found["full"] > 0.9 and found["delta"] > 0.8, found
