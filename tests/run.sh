@@ -22,4 +22,4 @@ if [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ]; then
     workers=(-n 2 --dist worksteal)
 fi
 export OMP_NUM_THREADS=1
-exec "$venv_python" -m pytest -m "not gpu" ${workers[@]+"${workers[@]}"} "$@"
+exec "$venv_python" -m pytest -m "not gpu and not soak" ${workers[@]+"${workers[@]}"} "$@"

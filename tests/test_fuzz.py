@@ -35,6 +35,8 @@ from tests.training.ranks import EXPERTS
 from tests.training.tiny import corpus, small
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text())
+COMMANDS = {"tune_bio_params": ("sanity", "sensitivity", "optimize", "report", "best")}
+SCRIPTS = [f"{name} {command}".strip() for name in SCRIPTS for command in COMMANDS.get(name, ("",))]
 QUICK = settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 
@@ -43,11 +45,12 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 
 
 def outcome(script: str, argv: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a script's main."""
+    """Exit code, stdout and stderr of a script's main; a script may be one with its command."""
+    name, *command = script.split()
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            importlib.import_module(f"scripts.{script}").main(argv)
+            importlib.import_module(f"scripts.{name}").main([*command, *argv])
         except SystemExit as end:
             code = end.code or 0
     return code, out.getvalue(), err.getvalue()

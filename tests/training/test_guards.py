@@ -15,12 +15,12 @@ from bio_inspired_nanochat.training.clock import Clock
 
 def test_a_second_signal_is_not_caught_unless_it_is_an_echo_of_the_first():
     with guards.StopSignals(echo=0.2) as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does that got the same Ctrl-C
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # as a launcher does that got the same Ctrl-C
         assert signals.received == "SIGINT"
         time.sleep(0.25)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_stop_that_takes_too_long_happens_in_the_middle():

@@ -11,7 +11,7 @@ from bio_inspired_nanochat.training import soak
 from scripts import soak as script
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(soak, "FEWEST", 30)
     monkeypatch.setattr(soak, "RUN", {**soak.RUN, "save_every": 5})
