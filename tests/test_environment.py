@@ -228,7 +228,7 @@ def test_the_suite_passes_arguments_on_and_returns_its_exit_code(copy: Copy) -> 
     copy.add("cargo", CARGO)
     (copy.root / "pytest.py").write_text("import os, sys\nprint(sys.argv[1:], os.environ['OMP_NUM_THREADS'])\nsys.exit(5)\n")
     last = copy.run("tests/run.sh", "-k", "two words", code=5).splitlines()[-1]
-    assert last.endswith("'-k', 'two words'] 1") and "['-m', 'not gpu'" in last
+    assert last.endswith("'-k', 'two words'] 1") and "['-m', 'not gpu and not soak'" in last
     assert ("'-n', '2'" in last) == ((os.cpu_count() or 1) >= 2)
     assert any(call.startswith("cargo test") for call in copy.calls())
 

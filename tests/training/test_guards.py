@@ -13,7 +13,15 @@ from bio_inspired_nanochat.training import guards
 from bio_inspired_nanochat.training.clock import Clock
 
 
-def test_a_second_signal_is_not_caught_unless_it_is_an_echo_of_the_first():
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C: the background job of a shell is born deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_not_caught_unless_it_is_an_echo_of_the_first(ctrl_c):
     with guards.StopSignals(echo=0.2) as signals:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # as a launcher does that got the same Ctrl-C
