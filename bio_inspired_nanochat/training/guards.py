@@ -32,7 +32,8 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Catches SIGINT and SIGTERM. A context manager that can be entered again inside of itself; outside of the main thread, where Python installs no handlers, it does nothing.
+    """Catches SIGINT and SIGTERM. A context manager that can be entered again inside of itself; outside of the main thread, where Python
+    installs no handlers, it does nothing.
 
     While `at_once`, a signal raises Interrupted where it arrives. Else it is only noted in `received`, for the caller to come to an
     orderly end; if that takes longer than `grace` seconds, Interrupted is raised after all, unless `relax` was called. A further

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,23 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = (), given: set[st
     given = given_fields(config) if given is None else given
     check_device_count(config.device)
     device = pick_device(config.device)
+    return run_job(config.run_name, device, lambda rank: prepare(config, device, rank, given), callbacks)[0]
+
+
+def run_job(
+    run_name: str | None, device: torch.device, prepare: Callable[[Rank], Job], callbacks: Sequence[Callback]
+) -> tuple[dict[str, Any], Job | None]:
+    """Prepare a job and train it, as one process or as one of torchrun's: its record, and the job unless a signal came before its first step."""
     with process_group(device) as rank, guards.StopSignals() as signals:
         signals.at_once = rank.world == 1  # several ranks come to the loop, where they can agree to stop
         try:
-            job = prepare(config, device, rank, given)
+            job = prepare(rank)
             signals.at_once = False
             trainer = Trainer(job, [Console(), JsonLog(), *callbacks], signals)
         except guards.Interrupted:
             say(f"notice: {signals.received} before the first step: nothing to save")
-            return unstarted(config.run_name, device, signals.received)
-        return trainer.run()
+            return unstarted(run_name, device, signals.received), None
+        return trainer.run(), job
 
 
 def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[str]) -> Job:

@@ -28,16 +28,14 @@ from bio_inspired_nanochat.synaptic import describe_execution
 from bio_inspired_nanochat.tasks.dialogues import embedded_conversations
 from bio_inspired_nanochat.tasks.smalltalk import PROMPTS
 from bio_inspired_nanochat.tokenizer import Tokenizer
-from bio_inspired_nanochat.training import guards
-from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
+from bio_inspired_nanochat.training.callbacks import Callback
 from bio_inspired_nanochat.training.config import fill_defaults
 from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
 from bio_inspired_nanochat.training.job import Job
-from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Progress
 from bio_inspired_nanochat.training.plan import Plan, given_dtype, inherit, whole_forwards
-from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, on_rank0, process_group
-from bio_inspired_nanochat.training.run import build_model, register_states, reload, restore, save, unstarted
+from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, on_rank0
+from bio_inspired_nanochat.training.run import build_model, register_states, reload, restore, run_job, save
 from bio_inspired_nanochat.training.tuneconfig import TuneConfig, tuned_config
 
 FEWEST_STEPS = 32  # of a pass, where the batch is free
@@ -53,16 +51,9 @@ def tune(config: TuneConfig, callbacks: Sequence[Callback] = (), given: set[str]
     given = _differing(config) if given is None else given
     check_device_count(config.device)
     device = pick_device(config.device)
-    with process_group(device) as rank, guards.StopSignals() as signals:
-        signals.at_once = rank.world == 1  # several ranks come to the loop, where they can agree to stop
-        try:
-            job = prepare(config, device, rank, given)
-            signals.at_once = False
-            trainer = Trainer(job, [Console(), JsonLog(), *callbacks], signals)
-        except guards.Interrupted:
-            say(f"notice: {signals.received} before the first step: nothing to save")
-            return unstarted(config.run_name, device, signals.received)
-        result = trainer.run()
+    result, job = run_job(config.run_name, device, lambda rank: prepare(config, device, rank, given), callbacks)
+    if job is None:
+        return result
     left = {"left_out": job.loader.left_out, "cut": job.loader.cut}  # type: ignore[attr-defined]
     return result | {"source": str(job.origin), "epochs": job.loader.epoch} | left
 
