@@ -10,12 +10,15 @@ Dimensions: B batch, T tokens, r modes.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import re
 
 import torch
 from torch import Tensor
 
 LEAST_MODES = 16
+MISCOMPILING = ((3, 4), (3, 7, 1))  # Triton from, to: fla's own check
 
 
 @functools.cache
@@ -25,7 +28,7 @@ def _missing() -> str | None:
     return None
 
 
-def obstacle(u: Tensor, fresh: Tensor | None, live: Tensor | None) -> str | None:
+def obstacle(u: Tensor, rule: str, fresh: Tensor | None, live: Tensor | None) -> str | None:
     """Why fla cannot serve a call, or None."""
     if u.device.type != "cuda":
         return f"the tensors are on {u.device.type}"
@@ -35,7 +38,15 @@ def obstacle(u: Tensor, fresh: Tensor | None, live: Tensor | None) -> str | None
         return "documents and padding are kept apart"
     if u.shape[2] < LEAST_MODES or u.shape[2] & (u.shape[2] - 1):
         return f"{u.shape[2]} modes are not a power of two from {LEAST_MODES} on"
-    return _missing()
+    if missing := _missing():
+        return missing
+    if rule == "delta" and torch.cuda.get_device_capability(u.device)[0] == 9 and MISCOMPILING[0] <= _triton() < MISCOMPILING[1]:
+        return "fla stops in its backward pass of the delta rule on Hopper cards with Triton 3.4 to 3.7.0, which compile it wrongly"
+    return None
+
+
+def _triton() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("triton"))[:3])
 
 
 def fast_weights(u: Tensor, m: Tensor, eta: Tensor, gamma: Tensor, start: Tensor, rule: str) -> tuple[Tensor, Tensor]:

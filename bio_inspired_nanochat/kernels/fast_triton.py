@@ -212,9 +212,9 @@ def _adjoint(
     tl.store(deta_ptr + row, deta, mask=chunk * C + place < length)
 
     part = _decayed(_dot(dscores, writer, PRECISION), rate, place - 1 - C // 2)
-    du, moved = part, part * (place - 1)[:, None]
+    du, moved = part, part * (place - 1 - C // 2)[:, None]
     part = _decayed(_dot(tl.trans(dscores), reader, PRECISION), rate, C // 2 - place)
-    du, moved = du + part, moved - part * place[:, None]
+    du, moved = du + part, moved + part * (C // 2 - place)[:, None]
     part = _decayed(_dot(dold, state, PRECISION), rate, place) * past[:, None]
     du, moved = du + part, moved + part * place[:, None]
     part = _decayed(_dot(error, total, PRECISION), rate, held - 1 - place) * ahead[:, None]

@@ -71,7 +71,7 @@ def fast_weights(
         raise UserError(f"rule={rule!r} is not valid for fast_weights: one of {', '.join(RULES)}")
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is not valid for fast_weights: one of {', '.join(BACKENDS)}")
-    if backend == "fla" and (obstacle := fast_fla.obstacle(u, fresh, live)):
+    if backend == "fla" and (obstacle := fast_fla.obstacle(u, rule, fresh, live)):
         raise UserError(f"backend='fla' cannot serve these fast weights: {obstacle}; use backend='auto'")
     if backend == "triton" and (obstacle := _triton_obstacle(u)):
         raise UserError(f"backend='triton' cannot serve these fast weights: {obstacle}; use backend='auto'")

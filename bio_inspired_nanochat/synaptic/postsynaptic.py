@@ -125,14 +125,15 @@ class Density(nn.Module):
             start = self.start if "fast_init" in self.on else self.pre.new_zeros(self.modes, self.modes)
             before = _at_rest(start.to(torch.promote_types(x.dtype, torch.float32)).expand(x.shape[0], -1, -1))
         wide = before.weights.dtype
-        base = F.linear(x, weight.to(x.dtype))
         table = [self.pre, self.write_gate[None], self.read_gate[None]]
-        if x.shape[0] * x.shape[1] > x.shape[2]:  # then P W_slow is cheaper to make than all of the output is to read again
+        many = x.shape[0] * x.shape[1] > x.shape[2]  # then matrices are cheaper to join than all of the output is to read again
+        base = None if many else F.linear(x, weight.to(x.dtype))
+        if many:
             table.append(self.post @ weight.to(self.post.dtype))
         widths = [len(part) for part in table]
         table.append(self.pre.new_zeros(-sum(widths) % 8, x.shape[-1]))  # rows of 16 bytes in half precision, as matrix units want them
         pre, write, read, *m = F.linear(x, torch.cat(table).to(x.dtype))[..., : sum(widths)].split(widths, dim=-1)
-        pre, write, read, m = pre.to(wide), write.to(wide), read.to(wide), m[0] if m else F.linear(base, self.post.to(x.dtype))
+        pre, write, read, m = pre.to(wide), write.to(wide), read.to(wide), m[0] if base is None else F.linear(base, self.post.to(x.dtype))
         shrink = torch.rsqrt(pre.square().sum(-1) + FLOOR)
         u = (pre * shrink[..., None]).to(x.dtype)
         write, read = torch.sigmoid(write[..., 0]), read[..., 0]
@@ -144,7 +145,13 @@ class Density(nn.Module):
             z = slots * torch.tanh(z / slots)
         norm = torch.rsqrt(z.square().mean(-1) + 1)
         gate = torch.sigmoid(read if opening is None else read + opening)
-        y = base + F.linear((z * (norm * gate)[..., None]).to(x.dtype), self.out.to(x.dtype))
+        recalled, out = (z * (norm * gate)[..., None]).to(x.dtype), self.out
+        if base is None:
+            spare = -self.modes % 8
+            joined = torch.cat([weight, F.pad(out, (0, spare)).to(weight.dtype)], dim=1).to(x.dtype)
+            y = F.linear(torch.cat([x, F.pad(recalled, (0, spare))], dim=-1), joined)
+        else:
+            y = base + F.linear(recalled, out.to(x.dtype))
         sums = _running(torch.stack([norm * shrink, gate, torch.ones_like(gate)]), before, place)
         after = FastState(weights, *molecules, *sums)
         if record is not None:

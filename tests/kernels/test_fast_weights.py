@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.kernels import fast_fla
 from bio_inspired_nanochat.kernels.decay import decayed_sums
 from bio_inspired_nanochat.kernels.fast_weights import RULES, fast_weights, solve_unit_lower
 from tests.kernels.interpreter import run_interpreted
@@ -352,6 +353,8 @@ def test_fla_says_why_it_cannot_serve():
 def test_fla_equals_the_recurrence_on_the_gpu(rule):
     pytest.importorskip("fla")
     given = {name: value.detach().float().cuda().requires_grad_() for name, value in inputs(130, rule, modes=16).items()}
+    if obstacle := fast_fla.obstacle(given["u"], rule, None, None):
+        pytest.skip(obstacle)
     got, want = (fast_weights(**given, rule=rule, backend=backend) for backend in ("fla", "reference"))
     weight = [torch.randn_like(value) for value in want]
     grads = [
