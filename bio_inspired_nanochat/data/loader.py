@@ -186,7 +186,7 @@ class PackedLoader:
         for name, value in expected.items():
             if state.get(name) != value:
                 fix = (
-                    "start with as many processes as before" if name in ("world", "rank") else "give the same data and tokenizer as before"
+                    "open it at the same place among as many" if name in ("world", "rank") else "give the same data and tokenizer as before"
                 )
                 raise UserError(f"the loader state has {name}={state.get(name)}, this run has {name}={value}: {fix}, or begin a new run")
         self._drain()

@@ -14,7 +14,7 @@ import torch
 from bio_inspired_nanochat.checkpoint import CHOOSE, Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from bio_inspired_nanochat.common import Rank, pick_device, say, whole_tree
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
-from bio_inspired_nanochat.data import DataSource, PackedLoader, ensure_tokenizer, resolve_data
+from bio_inspired_nanochat.data import DataSource, PackedLoader, StreamLoader, count_streams, ensure_tokenizer, join_states, resolve_data
 from bio_inspired_nanochat.engine.conversation import TUNED
 from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.gpt import GPT
@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
     optimizer = build_optimizer(
         model.named_parameters(), model.param_roles(), plan.config.optim, n_embd=plan.model.n_embd, batch_tokens=plan.tokens_per_step
     )
-    loader = source.loader("train", tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world)
+    loader = _streams(source, tokenizer, plan, rank, saved)
 
     def val_loader() -> PackedLoader:
         return source.loader("val", tokenizer, plan.rows, plan.model.sequence_len, rank.index, rank.world, loop=False)
@@ -112,6 +112,22 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
     if saved is not None:
         restore(job, saved)
     return job
+
+
+def _streams(source: DataSource, tokenizer: Tokenizer, plan: Plan, rank: Rank, saved: Checkpoint | None) -> StreamLoader:
+    """This process's share of the training data. A resumed run keeps the streams that it began with."""
+
+    def make(index: int, streams: int) -> PackedLoader:
+        ahead = 2 if streams == rank.world else 1
+        return source.loader("train", tokenizer, plan.rows, plan.model.sequence_len, index, streams, prefetch=ahead)
+
+    begun = None
+    if saved is not None and saved.meta.get("kind") != START:
+        with damaged_file(f"the training state of checkpoint {saved.path}", CHOOSE):
+            begun = join_states([part["loader"] for part in saved.meta["loop"]["ranks"]]).get("of")
+    if not isinstance(begun, int) or begun < 1:
+        begun = count_streams(plan.accumulation * rank.world, rank.world, sum(map(len, source.train_paths)))
+    return StreamLoader(make, begun, rank.index, rank.world)
 
 
 def _say_inert(plan: Plan, given: set[str]) -> None:
@@ -197,10 +213,9 @@ def restore(job: Job, saved: Checkpoint) -> None:
         loop = saved.meta.get("loop", {})
         if "progress" not in loop or "ranks" not in loop:
             raise UserError(f"checkpoint {saved.path} holds no training state: it can be evaluated and fine-tuned, not resumed")
-        on_rank0(lambda: _check_world(saved, len(loop["ranks"]), job.plan.world))
         load_weights(job.model, saved.model)
         job.optimizer.load_state_dict(load_optimizer(saved.path))
-        job.states.load(loop, loop["ranks"][job.rank.index])
+        job.states.load(loop, _of_this_rank(job, loop["ranks"]))
         before = int(loop["tokens_per_step"])
     job.resumed_from = saved.path
     if before != job.plan.tokens_per_step:
@@ -232,12 +247,12 @@ def unstarted(run_name: str | None, device: torch.device, stopped: str) -> dict[
     return dict.fromkeys(empty) | counts | rest | {"run_name": run_name}
 
 
-def _check_world(saved: Checkpoint, before: int, now: int) -> None:
-    if before != now:
-        raise UserError(
-            f"checkpoint {saved.path} was written by {before} process{'es' if before > 1 else ''}, this run has {now}: "
-            "start it with as many, each continues its own part of the data"
-        )
+def _of_this_rank(job: Job, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What this process continues from the states of those that wrote a checkpoint, be they as many or not."""
+    if len(ranks) != job.rank.world:
+        say(f"notice: the checkpoint was written by {len(ranks)} processes, this run has {job.rank.world}: they share the same data anew")
+    own = ranks[job.rank.index] if job.rank.index < len(ranks) else job.states.of_rank()
+    return {**own, "loader": join_states([part["loader"] for part in ranks])}
 
 
 def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> TrainConfig:

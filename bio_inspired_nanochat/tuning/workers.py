@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -99,7 +100,7 @@ class Pool:
         if worker is not None and worker[0].is_alive():
             return worker[1]
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs, self.config, self.device, self.work), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, self.config, self.device, index, self.work), daemon=True)
         process.start()
         theirs.close()
         self.workers[index] = (process, ours)
@@ -123,10 +124,12 @@ class Pool:
             self._end(index)
 
 
-def _serve(connection: Connection, config: ObjectiveConfig, device: str, work: Evaluate) -> None:
+def _serve(connection: Connection, config: ObjectiveConfig, device: str, index: int, work: Evaluate) -> None:
     """A worker process: shares come in, scores go out, until the other end is closed."""
     torch.set_num_threads(1)
     place = pick_device(device)
+    if place.type == "cuda" and "LOCAL_RANK" not in os.environ:  # under torchrun every rank has its own GPU already
+        place = torch.device("cuda", index % torch.cuda.device_count())
     while True:
         try:
             candidates, seeds = connection.recv()

@@ -40,6 +40,7 @@ LIFE = {
 EXPERTS = {"synapses": True, "num_experts": 5, "expert_slots": 7, "expert_ratio": 1}
 LIVING = {**EXPERTS, "splitmerge_every": 2, "syn_cfg": dataclasses.replace(SynapticConfig(), **LIFE), "num_iterations": 10}
 ALONE = Rank(0, 0, 1)
+SHARED = {"num_iterations": 6, "total_batch_size": 2 * 4 * SMALL["max_seq_len"], "log_every": 1}  # two forwards of real text per step
 WAYS = ("ddp", "fsdp")
 KINDS = {
     "vanilla": {},
@@ -214,7 +215,9 @@ def resume_and_stop(rank: Rank, out: Path) -> dict:
     train(small(out / "lives", **LIVING, stop_after=6))
     seen["resumed_life"] = train(small(out / "lives", **LIVING, parallel="fsdp", resume="auto"))
     seen["bad_path"] = said_by(lambda: train(small(out, resume=str(out / "nowhere"))))
-    seen["grown"] = said_by(lambda: train(small(out / "alone", num_iterations=4, resume="auto")))
+    train(small(out / "alone", **SHARED, resume="auto"), [grown := Record()])
+    train(small(out / "pair", **SHARED, stop_after=3), [apart := Record()])
+    seen["shared"] = {"grown": grown.losses, "apart": apart.losses}
     seen["messages"] = {way: [messages(rank, rows, way, **EXPERTS) for rows in (4, 2)] for way in WAYS}
     seen["buckets"] = [messages(rank, 4, "ddp", bucket_mb=size) for size in (25.0, 0.02)]
     seen["reshard"] = [messages(rank, 4, "fsdp", reshard=on) for on in (False, True)]

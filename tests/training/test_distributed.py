@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bio_inspired_nanochat.checkpoint import load_checkpoint
-from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.structural import read_lineage
 from bio_inspired_nanochat.training import train
@@ -29,7 +28,7 @@ def seen_by(world: int, what: str, out: Path) -> list[dict]:
 def pair(tmp_path_factory) -> list[dict]:
     """What two ranks saw; `out` is the folder of their runs."""
     out = tmp_path_factory.mktemp("pair")
-    train(small(out / "alone", num_iterations=2))
+    train(small(out / "alone", **ranks.SHARED, stop_after=3))
     return [seen | {"out": out} for seen in seen_by(2, "all", out)]
 
 
@@ -126,10 +125,13 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(pair):
     assert pair[0]["interrupted"] == pair[1]["interrupted"] == 3
 
 
-def test_another_number_of_processes_than_the_checkpoints_is_refused(pair):
-    assert "written by 1 process, this run has 2" in pair[0]["grown"] and pair[1]["grown"] == ""
-    with pytest.raises(UserError, match="written by 2 processes, this run has 1: start it with as many"):
-        train(small(pair[0]["out"] / "ddp", synapses=True, syn_cfg=ranks.KINDS["fast"]["syn_cfg"], num_iterations=9, resume="auto"))
+def test_a_run_of_one_process_and_of_two_read_the_same_text_and_continue_each_other(pair, tmp_path):
+    train(small(tmp_path, **ranks.SHARED), [whole := ranks.Record()])
+    assert pair[0]["shared"]["apart"] == pytest.approx(whole.losses[:3], abs=1e-5)
+    assert pair[0]["shared"]["grown"] == pytest.approx(whole.losses[3:], abs=1e-5)
+    train(small(pair[0]["out"] / "pair", **ranks.SHARED, resume="auto"), [shrunk := ranks.Record()])
+    assert shrunk.losses == pytest.approx(whole.losses[3:], abs=1e-5)
+    assert len({round(loss, 4) for loss in whole.losses}) == 6, "other text would give another loss"
 
 
 @pytest.mark.slow

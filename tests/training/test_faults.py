@@ -150,6 +150,11 @@ def test_experts_take_no_account_of_a_skipped_step(tmp_path):
     assert ages and all(age.max() == 4 for age in ages)
 
 
+def _placed(saved) -> int:
+    """Tokens of text that a run has met."""
+    return sum(stream["counts"]["tokens"] for stream in saved.meta["loop"]["ranks"][0]["loader"]["streams"].values())
+
+
 def test_a_rollback_returns_to_the_checkpoint_but_not_to_the_data(tmp_path):
     weights = Weights()
     changes = {"on_nonfinite": "rollback", "save_every": 2, "log_every": 1, "num_iterations": 8, "keep_checkpoints": 0}
@@ -160,10 +165,9 @@ def test_a_rollback_returns_to_the_checkpoint_but_not_to_the_data(tmp_path):
     (fault,) = events(record, "fault")
     assert (fault["at"], fault["step"], fault["action"]) == (6, 4, "rollback")
     assert [event["step"] for event in events(record, "step")] == [1, 2, 3, 4, 5, 6, 7, 8]
-    documents = again.meta["loop"]["ranks"][0]["loader"]["counts"]["tokens"]
+    placed = _placed(again)
     straight = train(small(tmp_path / "straight", **{**changes, "num_iterations": 10}), [])
-    loader = load_checkpoint(straight["checkpoint"]).meta["loop"]["ranks"][0]["loader"]
-    assert loader["counts"]["tokens"] == documents, "8 steps and 2 that were undone are 10 batches: none is met twice"
+    assert _placed(load_checkpoint(straight["checkpoint"])) == placed, "8 steps and 2 that were undone are 10 batches: none is met twice"
 
 
 def test_a_rollback_before_the_first_checkpoint_returns_to_the_start(tmp_path):
