@@ -27,6 +27,15 @@ def count_streams(forwards: int, world: int, documents: int) -> int:
     return next(fitting, world)
 
 
+def check_shared(streams: int, world: int) -> None:
+    """UserError when `world` processes cannot share the streams alike."""
+    if streams % world:
+        raise UserError(
+            f"the data of this run are read as {streams} streams, which {world} processes cannot share: start it with a number of "
+            f"processes that divides {streams}"
+        )
+
+
 class StreamLoader:
     """The batches of one process among `world`: those of its streams in turn, with an exactly resumable position.
 
@@ -34,11 +43,7 @@ class StreamLoader:
     """
 
     def __init__(self, make: Callable[[int, int], PackedLoader], streams: int, rank: int, world: int) -> None:
-        if streams % world:
-            raise UserError(
-                f"the data of this run are read as {streams} streams, which {world} processes cannot share: start it with a number of "
-                f"processes that divides {streams}"
-            )
+        check_shared(streams, world)
         self._streams, self._world, self._turn = streams, world, 0
         self._loaders = [make(index, streams) for index in range(rank, streams, world)]
         self._last = self._loaders[0]
@@ -88,11 +93,10 @@ class StreamLoader:
         taken = state.get("taken")
         if not isinstance(taken, int) or not 0 <= taken < self._streams or taken % self._world:
             raise UserError(f"the loader state was taken after {taken} of {self._streams} streams: resume with as many processes as before")
+        if missing := [number for number in map(str, range(self._streams)) if number not in state["streams"]]:
+            raise UserError(f"the loader state has no stream {missing[0]} of {self._streams}: the checkpoint is not whole")
         for loader in self._loaders:
-            number = str(loader.state_dict()["rank"])
-            if number not in state["streams"]:
-                raise UserError(f"the loader state has no stream {number} of {self._streams}: the checkpoint is not whole")
-            loader.load_state_dict(state["streams"][number])
+            loader.load_state_dict(state["streams"][str(loader.state_dict()["rank"])])
         self._turn = taken // self._world
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from bio_inspired_nanochat.checkpoint import CHOOSE, Checkpoint, load_checkpoint
 from bio_inspired_nanochat.common import Rank, pick_device, say, whole_tree
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, PackedLoader, StreamLoader, count_streams, ensure_tokenizer, join_states, resolve_data
+from bio_inspired_nanochat.data.streams import check_shared
 from bio_inspired_nanochat.engine.conversation import TUNED
 from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.gpt import GPT
@@ -127,6 +128,7 @@ def _streams(source: DataSource, tokenizer: Tokenizer, plan: Plan, rank: Rank, s
             begun = join_states([part["loader"] for part in saved.meta["loop"]["ranks"]]).get("of")
     if not isinstance(begun, int) or begun < 1:
         begun = count_streams(plan.accumulation * rank.world, rank.world, sum(map(len, source.train_paths)))
+    on_rank0(lambda: check_shared(begun, rank.world), then_all=True)
     return StreamLoader(make, begun, rank.index, rank.world)
 
 

@@ -89,7 +89,14 @@ def test_what_cannot_be_shared_or_continued_is_refused(make):
     (alone,) = processes(make, 1)
     state = alone.state_dict()
     (other,) = processes(make, 1, 2)
-    for broken in (state, {}, None, {**alone.state_dict(), "of": 2, "taken": "x"}, {"of": 2, "taken": 0, "streams": {}}):
+    for broken in (
+        state,
+        {},
+        None,
+        {**alone.state_dict(), "of": 2, "taken": "x"},
+        {"of": 2, "taken": 0, "streams": {}},
+        {**other.state_dict(), "streams": {"0": {}}},
+    ):
         with pytest.raises(UserError, match="loader state"):
             other.load_state_dict(broken)
     assert join_states([{"row": 3}, {"row": 3}]) == {"row": 3}, "a loader that all processes share keeps its own form"
