@@ -6,9 +6,12 @@ at evaluations, as long as all of them together take less than `PICTURE_SHARE` o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,37 @@ FIRST_GUESS = 2.0  # seconds that the first pictures are thought to take
 PROJECTED = ("layer", "id", "age", "load", "health", "account", "contribution")
 
 
+def _while_writable(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that ends the log with a notice where the disk is full: training goes on without it."""
+
+    @functools.wraps(hook)
+    def guarded(self: TensorBoard, *args: Any) -> None:
+        try:
+            hook(self, *args)
+        except OSError as error:
+            say(f"notice: the TensorBoard log cannot be written ({error.strerror or error}): it ends here")
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(OSError):
+                if writer is not None:
+                    writer.close()
+
+    return guarded
+
+
+def _silence_writer_thread() -> None:
+    """Tensorboard's own thread would print a traceback of what the next call of its writer raises once more, here to be said in a line."""
+    before = threading.excepthook
+    if getattr(before, "leaves_out_writers", False):
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (issubclass(args.exc_type, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            before(args)
+
+    hook.leaves_out_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
+
+
 class TensorBoard(Callback):
     """Writes the tags of `training.metrics` into the run's log folder.
 
@@ -46,6 +80,7 @@ class TensorBoard(Callback):
         self._look: Look | None = None
         self._pictures_took, self._rounds, self._drawn = 0.0, 0, -1
 
+    @_while_writable
     def on_start(self, run: Run) -> None:
         if run.log_dir is None:
             return
@@ -54,21 +89,25 @@ class TensorBoard(Callback):
         except ImportError:
             say("notice: no TensorBoard log, because the package tensorboard is not installed")
             return
+        _silence_writer_thread()
         self._open = lambda purge: SummaryWriter(str(run.log_dir), purge_step=purge)
         self._writer, self._run = self._open(run.start_step + 1 if run.start_step else None), run
         self._began = time.perf_counter()
         self._flags(to_dict(run.config))
         self._writer.add_custom_scalars(layout(len(run.model.blocks)))
 
+    @_while_writable
     def on_rollback(self, step: int) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = self._open(step + 1)
 
+    @_while_writable
     def on_step(self, record: StepRecord) -> None:
         values = {name: value for name, value in dataclasses.asdict(record).items() if name not in ("step", "seconds_left")}
         self._scalars({f"train/{name}": value for name, value in values.items()}, record.step)
 
+    @_while_writable
     def on_eval(self, record: EvalRecord) -> None:
         self._scalars({"val/bpb": record.val_bpb, "val/loss": record.val_loss}, record.step)
         if self._writer is None:
@@ -77,9 +116,11 @@ class TensorBoard(Callback):
         if self._pictures_took + ahead <= self.share * (time.perf_counter() - self._began):
             self._pictures(record.step)
 
+    @_while_writable
     def on_consolidate(self, step: int, change: float) -> None:
         self._scalars({"sleep/change": change}, step)
 
+    @_while_writable
     def on_look(self, look: Look) -> None:
         if self._writer is None or self._run is None:
             return
@@ -95,10 +136,12 @@ class TensorBoard(Callback):
         self._decisions(look)
         self.spent += time.perf_counter() - began
 
+    @_while_writable
     def on_sample(self, step: int, texts: list[str]) -> None:
         if self._writer is not None:
             self._writer.add_text("samples", "\n\n".join(f"    {text!r}" for text in texts), step)
 
+    @_while_writable
     def on_end(self, result: dict[str, Any]) -> None:
         if self._writer is None:
             return
@@ -108,6 +151,7 @@ class TensorBoard(Callback):
 
         self._writer.file_writer.add_summary(hparams({}, {})[2])  # says that the session has ended
 
+    @_while_writable
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.errors import UserError
 
 FILE = "lineage.jsonl"
@@ -20,17 +21,24 @@ ENDS = ("death",)
 
 
 class LineageLog:
-    """Appends events to `lineage.jsonl` in a folder; every line is flushed."""
+    """Appends events to `lineage.jsonl` in a folder; every line is flushed. A disk that is full ends the log, with a notice, not the run."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
+        self._ended = False
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records in order."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record) + "\n")
+        if self._ended:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                for record in records:
+                    file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self._ended = True
+            say(f"notice: {self.path} cannot be written ({error.strerror}): the family tree ends here")
 
     def found(self, experts: Iterable[int]) -> None:
         """Note with how many experts every layer begins."""

@@ -203,14 +203,26 @@ class JsonLog(Callback):
         if run.log_dir is None:
             return
         self._path = run.log_dir / "metrics.jsonl"
-        write_atomic(run.log_dir / "config.json", json.dumps(to_dict(run.config), indent=1) + "\n")
-        self._reopen(run.start_step, run.owed if run.start_step else ("step", "eval", "sample", "save", "fault"))
+        try:
+            write_atomic(run.log_dir / "config.json", json.dumps(to_dict(run.config), indent=1) + "\n")
+        except OSError as error:
+            self._ends(error)
+        else:
+            self._reopen(run.start_step, run.owed if run.start_step else ("step", "eval", "sample", "save", "fault"))
 
     def _reopen(self, step: int, again: Sequence[str] = ()) -> None:
         """Keep the lines up to `step`, but for the kinds in `again` at that step."""
         self.close()
-        write_atomic(self._path, "".join(_lines_up_to(self._path, step, again)))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        try:
+            write_atomic(self._path, "".join(_lines_up_to(self._path, step, again)))
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            self._ends(error)
+
+    def _ends(self, error: OSError) -> None:
+        """A full disk must not cost the run what a checkpoint may still keep."""
+        say(f"notice: {self._path} cannot be written ({error.strerror}): this log ends here")
+        self.close()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         if self._file is None:
@@ -219,9 +231,8 @@ class JsonLog(Callback):
         try:
             self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
             self._file.flush()
-        except OSError as error:  # a full disk must not cost the run what a checkpoint may still keep
-            say(f"notice: {self._path} cannot be written ({error.strerror}): this log ends here")
-            self.close()
+        except OSError as error:
+            self._ends(error)
 
     def on_step(self, record: StepRecord) -> None:
         self._write("step", dataclasses.asdict(record))

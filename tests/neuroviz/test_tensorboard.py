@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import record_writer
 
+from bio_inspired_nanochat import structural
 from bio_inspired_nanochat.neuroviz.tensorboard import TensorBoard, layout
 from bio_inspired_nanochat.structural import read_lineage
 from bio_inspired_nanochat.training import train
+from bio_inspired_nanochat.training.callbacks import JsonLog
 from bio_inspired_nanochat.training.metrics import METRICS, SCALARS
 from bio_inspired_nanochat.training.vitals import look
 from tests.neuroviz.conftest import RUN
 from tests.structural.colony import World, batch, colony
+from tests.training.ranks import LIVING
 from tests.training.tiny import small
 
 LAYERS = 2
@@ -134,3 +139,24 @@ def test_a_vanilla_run_has_no_vitals(tmp_path):
     record = train(small(tmp_path, num_iterations=2), [TensorBoard()])
     tags = EventAccumulator(record["log_dir"]).Reload().Tags()
     assert not [tag for tag in tags["scalars"] if not tag.startswith(("train/", "val/"))] and not tags["images"]
+
+
+def test_a_full_disk_ends_the_logs_and_not_the_run(tmp_path, capfd, monkeypatch):
+    """/dev/full takes the place of the family tree; the others find the disk full after a while."""
+    monkeypatch.setattr(structural.lineage, "FILE", "../../full.jsonl")
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    full, written = OSError(errno.ENOSPC, "No space left on device"), []
+
+    def write(self, data):
+        written.append(data)
+        if len(written) > 40:
+            raise full
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", write)
+    monkeypatch.setattr(JsonLog, "_reopen", lambda self, *_: self._ends(full))
+    record = train(small(tmp_path, **LIVING), [TensorBoard()])
+    said, complaints = capfd.readouterr()
+    assert record["steps"] == LIVING["num_iterations"] and record["lineage_events"] > 0
+    for what in ("the family tree ends here", "the TensorBoard log cannot be written", "metrics.jsonl cannot be written"):
+        assert said.count(what) == 1, said
+    assert "Traceback" not in said + complaints
