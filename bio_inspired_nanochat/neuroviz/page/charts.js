@@ -65,16 +65,26 @@ const Charts = (() => {
       node("path", { d: path.length && !path.includes("L") ? `${path}h0.01` : path, class: whole ? "whole" : "layer", stroke: whole ? "currentColor" : hue(layers.indexOf(name), layers.length) }, svg);
     }
     const said = html("p", box, undefined, "said");
-    const latest = (at) => names.slice(0, 6).map((name) => `${name === chart.tag ? "all" : name.split("/").at(-1)} ${show(source.y[name][at])}`).join(" · ") + (names.length > 6 ? " …" : "");
-    said.textContent = latest(source.x.length - 1);
+    // The values of one step, each in the colour of its curve.
+    const tell = (at, before = "") => {
+      said.replaceChildren(before);
+      names.slice(0, 6).forEach((name, i) => {
+        const whole = name === chart.tag;
+        const part = html("span", said, `${i ? " · " : ""}${whole ? "all" : name.split("/").at(-1)} ${show(source.y[name][at])}`);
+        if (!whole) part.style.color = hue(layers.indexOf(name), layers.length);
+      });
+      if (names.length > 6) said.append(" …");
+    };
+    const last = source.x.length - 1;
+    tell(last);
     svg.addEventListener("mousemove", (event) => {
       const rect = svg.getBoundingClientRect();
       const x = ((event.clientX - rect.left) / rect.width) * WIDTH;
       let best = 0;
       source.x.forEach((step, i) => (best = Math.abs(px(step) - x) < Math.abs(px(source.x[best]) - x) ? i : best));
-      said.textContent = `step ${source.x[best]}: ${latest(best)}`;
+      tell(best, `step ${source.x[best]}: `);
     });
-    svg.addEventListener("mouseleave", () => (said.textContent = latest(source.x.length - 1)));
+    svg.addEventListener("mouseleave", () => tell(last));
   }
 
   function all(place, run) {
