@@ -131,6 +131,15 @@ def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():
     assert kept == pytest.approx(12 * 12 * 2048 * 2048 / 8 * 2, rel=0.01)  # the drive, one bfloat16 per head, tick and key
 
 
+def test_chosen_experts_take_memory_and_idle_ones_none():
+    sizes = {"sequence_len": 1024, "vocab_size": 8192, "n_layer": 8, "n_head": 8, "n_kv_head": 8, "n_embd": 512}
+    dense, two, of_more, three = (
+        bytes_per_row(GPTConfig(**sizes, **experts), torch.bfloat16)
+        for experts in ({}, {"num_experts": 8}, {"num_experts": 32}, {"num_experts": 8, "moe_top_k": 3})
+    )
+    assert two == of_more and two - dense == 2 * (three - two) == 1024 * 8 * 2 * 4 * 512 * 2  # input, output and twice the width hidden
+
+
 def test_how_processes_share_a_model_is_not_inherited():
     saved = to_dict(TrainConfig(parallel="fsdp", reshard=True, bucket_mb=1.0, reduce_dtype="bfloat16"))
     assert from_dict(TrainConfig, inherit(TrainConfig(), set(), saved)) == TrainConfig()
