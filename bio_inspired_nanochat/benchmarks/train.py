@@ -32,7 +32,6 @@ from bio_inspired_nanochat.training.hardware import GIB, peak_flops
 from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.plan import Plan, make_plan
 
-_MODELS = ("vanilla", "synaptic")
 _CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512, "device_batch_size": 2}
 _TRAINING = knobs_of(TrainConfig)
 COLUMNS = ("model", "step ms", "quartiles", "forward+backward ms", "tok/s", "MFU", "memory GiB", "parameters", "steps")
@@ -51,10 +50,16 @@ class BenchTrainConfig:
         None, "rows of one forward; auto is what the synaptic model fits on CUDA, 2 elsewhere", lo=1, hi=1 << 20, aliases=("batch_size",)
     )
     total_batch_size: int | None = knob(None, "tokens of one optimizer step; auto is one forward", lo=1, hi=1 << 40, unit="tokens")
+    num_experts: int = knob(
+        0, "also train a synaptic model with so many experts; the MLPs of the others then have as many hidden units as a token visits",
+        lo=0, hi=4096, off=0,
+    )  # fmt: skip
+    moe_top_k: int = knob(2, "experts that a token visits beside the shared one", lo=1, hi=64)
+    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of the width (the shared one has 4)", lo=1, hi=64)
     backend: str = knob("auto", "execution of the attention operators", choices=_TRAINING["backend"].choices)
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
-    compile: str = knob("auto", "torch.compile of both; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    compile: str = knob("auto", "torch.compile of all; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     seconds: float = knob(60.0, "time for the timed steps; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
     dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
@@ -104,7 +109,7 @@ class Trainee(Rehearsal):
 
 
 def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
-    """Train both models in turns, print the table; returns the script's last line. Raises UserError for what cannot be."""
+    """Train the models in turns, print the table; returns the script's last line. Raises UserError for what cannot be."""
     check_record_path(config.json)
     device = pick_device(config.device)
     plans = make_plans(config, device)
@@ -122,19 +127,25 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
         "allocator peak" if device.type == "cuda" else "weights, gradients, optimizer state, tensors kept for the backward"
     )
     results = [_result(plan, course, held, device) for plan, course, held in zip(plans, courses, memory, strict=True)]
-    table(COLUMNS, [_cells(name, result, course) for name, result, course in zip(_MODELS, results, courses, strict=True)])
+    table(COLUMNS, [_cells(name, result, course) for name, result, course in zip(_names(plans), results, courses, strict=True)])
     say(f"synaptic / vanilla: step {record['step_ratio']}, memory {record['memory_ratio']}")
+    if len(plans) > 2:
+        say(f"experts / synaptic: step {record['experts_step_ratio']}, memory {record['experts_memory_ratio']}")
     model, plan = plans[1].model, plans[1]
     record |= {"depth": model.n_layer, "n_embd": model.n_embd, "head_dim": model.head_dim, "max_seq_len": model.sequence_len}
     record |= {"vocab_size": model.vocab_size, "device_batch_size": plan.rows, "total_batch_size": plan.tokens_per_step}
     record |= {"tick": model.syn_cfg.tick, "syn_preset": config.syn_preset, "backend": model.backend}
-    record |= {"compiled": plan.config.compile == "1", **dict(zip(_MODELS, results, strict=True))}
+    record |= {"compiled": plan.config.compile == "1", **dict(zip(_names(plans), results, strict=True))}
     keep_record(config.json, record)
     return record
 
 
-def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, Plan]:
-    """The vanilla and the synaptic plan, of one batch."""
+def _names(plans: Sequence[Plan]) -> tuple[str, ...]:
+    return ("vanilla", "synaptic", "experts")[: len(plans)]
+
+
+def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, ...]:
+    """The vanilla and the synaptic plan, and the one with experts where it is asked for, of one batch."""
     sizes = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
     if device.type != "cuda":
         sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
@@ -144,38 +155,48 @@ def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, Pl
     rows = config.device_batch_size or make_plan(synaptic, device, 1).rows
     length = make_plan(dataclasses.replace(base, device_batch_size=1), device, 1).model.sequence_len
     batch = {"device_batch_size": rows, "total_batch_size": config.total_batch_size or rows * length}
-    vanilla, synaptic = (make_plan(dataclasses.replace(one, **batch), device, 1) for one in (base, synaptic))
-    return vanilla, synaptic
+    models = [base, synaptic]
+    if config.num_experts:
+        routed = {name: getattr(config, name) for name in ("num_experts", "moe_top_k", "expert_ratio")}
+        wide = {"mlp_ratio": base.mlp_ratio + config.moe_top_k * config.expert_ratio}
+        models = [*(dataclasses.replace(one, **wide) for one in models), dataclasses.replace(synaptic, **routed)]
+    return tuple(make_plan(dataclasses.replace(one, **batch), device, 1) for one in models)
 
 
 def _measure(plans: Sequence[Plan], device: torch.device, seconds: float) -> tuple[list[Course], list[int]]:
-    """Courses of the steps and bytes of both models, which are on the device together."""
+    """Courses of the steps and bytes of all models, which are on the device together."""
     if device.type == "cuda":  # the workspaces of matrix products belong to neither model
         for dtype in {torch.float32, plans[0].dtype}:
             square = torch.ones(256, 256, device=device, dtype=dtype)
             (square @ square).sum().item()
     trainees, memory = [], []
-    for name, plan in zip(_MODELS, plans, strict=True):
+    for name, plan in zip(_names(plans), plans, strict=True):
         began = time.perf_counter()
         trainee = Trainee(plan, device)
         warm_up(Competitor(trainee.step), device)
         memory.append(trainee.memory())
         trainees.append(trainee)
         say(f"{name}: ready after {time.perf_counter() - began:.1f} s")
-    competitors = {name: Competitor(trainee.step) for name, trainee in zip(_MODELS, trainees, strict=True)}
-    with progress(None, "both models", "steps") as bar:
+    competitors = {name: Competitor(trainee.step) for name, trainee in zip(_names(plans), trainees, strict=True)}
+    with progress(None, "all models", "steps") as bar:
         courses = interleave(competitors, device, seconds, on_round=bar.advance)
     return list(courses.values()), memory
 
 
 def _ratios(courses: Sequence[Course], memory: Sequence[int]) -> dict[str, Any]:
-    """Synaptic over vanilla."""
-    vanilla, synaptic = courses
+    """Synaptic over vanilla, and experts over synaptic."""
+    vanilla, synaptic = courses[:2]
     step, work = (paired_ratio(a, b) for a, b in ((synaptic.total(), vanilla.total()), (synaptic.phase(0), vanilla.phase(0))))
     assert step is not None and work is not None
     record: dict[str, Any] = {"step_ratio": short(step.median), "step_ratio_quartiles": quartiles(step)}
     record |= {"memory_ratio": short(memory[1] / memory[0])}
-    return record | {"forward_backward_ratio": short(work.median), "forward_backward_ratio_quartiles": quartiles(work)}
+    record |= {"forward_backward_ratio": short(work.median), "forward_backward_ratio_quartiles": quartiles(work)}
+    if len(courses) > 2:
+        routed = paired_ratio(courses[2].total(), synaptic.total())
+        assert routed is not None
+        record |= {"experts_step_ratio": short(routed.median), "experts_step_ratio_quartiles": quartiles(routed)}
+        record |= {"experts_memory_ratio": short(memory[2] / memory[1])}
+    return record
 
 
 def _result(plan: Plan, course: Course, memory: int, device: torch.device) -> dict[str, Any]:

@@ -37,10 +37,11 @@ class GPTConfig:
         choices=("standard", "rule30", "rule116"),
         off="standard",
     )
+    mlp_ratio: int = knob(4, "hidden units of an MLP, as a multiple of n_embd", lo=1, hi=64)
     num_experts: int = knob(0, "experts of every MLP at birth, beside the shared one; 0 has none", lo=0, hi=4096, off=0)
     moe_top_k: int = knob(2, "experts that a token visits beside the shared one", lo=1, hi=64)
     expert_slots: int = knob(0, "places for experts, living and dead; 0 is num_experts", lo=0, hi=8192)
-    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has 4)", lo=1, hi=64)
+    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has mlp_ratio)", lo=1, hi=64)
     synapses: bool = knob(False, "replace every attention layer by a synaptic one", off=False)
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 

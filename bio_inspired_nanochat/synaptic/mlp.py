@@ -16,8 +16,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.w_in = self._layer(config, "mlp_in", config.n_embd, 4 * config.n_embd)
-        self.w_out = self._layer(config, "mlp_out", 4 * config.n_embd, config.n_embd)
+        hidden = config.mlp_ratio * config.n_embd
+        self.w_in = self._layer(config, "mlp_in", config.n_embd, hidden)
+        self.w_out = self._layer(config, "mlp_out", hidden, config.n_embd)
 
     def _layer(self, config: GPTConfig, key: str, n_in: int, n_out: int) -> Linear:
         return Linear(n_in, n_out)

@@ -41,6 +41,7 @@ class TrainConfig:
         choices=knobs_of(GPTConfig)["init"].choices,
         off="standard",
     )
+    mlp_ratio: int = knob(4, "hidden units of an MLP, as a multiple of n_embd", lo=1, hi=64)
     num_experts: int | None = knob(
         None, "experts of every MLP at birth, beside the shared one; auto is 8 with --splitmerge_every, else none", lo=0, hi=4096, off=0
     )
@@ -48,7 +49,7 @@ class TrainConfig:
     expert_slots: int | None = knob(
         None, "places for experts, living and dead; auto is half as many again as num_experts with --splitmerge_every", lo=0, hi=8192
     )
-    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has 4)", lo=1, hi=64)
+    expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has mlp_ratio)", lo=1, hi=64)
     splitmerge_every: int = knob(
         0, "steps between life cycles of experts: death, merge, split, birth; 0 has none", lo=0, off=0, unit="steps"
     )
@@ -220,6 +221,7 @@ def model_config(config: TrainConfig, vocab_size: int, bos_token_id: int) -> GPT
         doc_mask=config.doc_mask,
         backend=config.backend,
         init=config.init,
+        mlp_ratio=config.mlp_ratio,
         num_experts=config.num_experts or 0,
         moe_top_k=config.moe_top_k,
         expert_slots=config.expert_slots or 0,

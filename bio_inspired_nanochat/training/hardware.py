@@ -97,13 +97,13 @@ def static_bytes(params: int) -> int:
 def bytes_per_row(config: GPTConfig, dtype: torch.dtype) -> int:
     """Rough need of one row of a batch in training, without recomputation: what the backward keeps.
 
-    Per token and layer about 18 vectors of the width, and for each chosen expert its input, hidden units and output; per token the
+    Per token and layer about 10 vectors of the width and the hidden units twice, and for each chosen expert its input, hidden units and output; per token the
     logits and their gradient in float32; a synaptic layer also what its terminals keep per (head, tick, key). An estimate to choose a
     first batch size by, good to about a third.
     """
     tokens, size = config.sequence_len, torch.finfo(dtype).bits // 8
     chosen = config.moe_top_k * (2 + config.expert_ratio) if config.num_experts else 0
-    layers = config.n_layer * tokens * (18 + chosen) * config.n_embd * size
+    layers = config.n_layer * tokens * (10 + 2 * config.mlp_ratio + chosen) * config.n_embd * size
     head = tokens * config.vocab_size * (3 * 4 + size)
     synaptic = 0
     if config.synapses and config.syn_cfg.in_attention:

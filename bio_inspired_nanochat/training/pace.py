@@ -16,6 +16,7 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training.clock import wait_for_device
+from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.hardware import GIB, static_bytes
 from bio_inspired_nanochat.training.job import Objective
 from bio_inspired_nanochat.training.parallel import Engine, shard
@@ -96,13 +97,18 @@ class Rehearsal:
         if plan.config.compile == "1":
             self.model.compile_regions()
         self.engine = Engine(Objective(self.model, plan.config.seed), plan, device)
+        self.keeper = ExpertKeeper(self.model, self.optimizer, 0, plan.config.seed) if plan.model.num_experts else None
         generator = torch.Generator().manual_seed(plan.config.seed)
         tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
         self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def forward(self) -> Tensor:
         """The loss of one micro-batch, its share of the step's."""
-        return self.engine(self.idx, self.targets)[0] / self.plan.accumulation
+        if self.keeper is None:
+            return self.engine(self.idx, self.targets)[0] / self.plan.accumulation
+        loss, _, routing = self.engine(self.idx, self.targets, 0, 0, self.keeper.probes())
+        self.keeper.add(routing)
+        return loss / self.plan.accumulation
 
     def step(self, mark: Callable[[], object] = lambda: None) -> None:
         """One optimizer step; `mark` is called between the last backward and the optimizer."""
@@ -114,6 +120,8 @@ class Rehearsal:
         mark()
         self.optimizer.clip_grad_norm()
         self.optimizer.step()
+        if self.keeper is not None:
+            self.keeper.after_step(1, self.idx, self.targets)
         self.optimizer.zero_grad()
 
 

@@ -69,6 +69,13 @@ def test_ratios_stand_the_right_way_up(capsys, monkeypatch):
     planted(monkeypatch, "train", {"vanilla": (1e-3, 3e-3), "": (2e-3, 4e-3)})
     _, record = run(capsys, bench_train, *TRAIN)
     assert (record["step_ratio"], record["forward_backward_ratio"]) == (1.5, 2.0)
+    planted(monkeypatch, "train", {"experts": (4e-3, 8e-3), "": (2e-3, 4e-3)})
+    _, routed = run(capsys, bench_train, *TRAIN, "--num_experts=3", "--expert_ratio=1")
+    assert (routed["step_ratio"], routed["experts_step_ratio"]) == (1.0, 2.0)
+    wider = routed["vanilla"]["params"] - record["vanilla"]["params"]
+    assert wider == 2 * record["depth"] * 2 * record["n_embd"] ** 2, (
+        "a dense MLP has the hidden units of the two experts that a token visits"
+    )
     planted(monkeypatch, "decoding", {"vanilla": (1e-3, 16e-3), "": (3e-3, 32e-3)})
     _, record = run(capsys, bench_decode, *DECODE, "--context=8", "--new_tokens=16")
     synaptic = record["rows"][1]
