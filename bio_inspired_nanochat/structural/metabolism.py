@@ -28,7 +28,7 @@ from bio_inspired_nanochat.structural.neuroscore import contributions
 from bio_inspired_nanochat.synaptic import Accounts, Probe, Routing, SynapticMoE
 
 AVERAGE = 0.05  # weight of the newest step in the averages of an account
-ESTRANGE = 0.1  # how fast router rows of twins part, relative to their length, per unit of router_contrastive_push
+ESTRANGE = 0.1  # how fast router rows of twins turn apart, relative to their length, per unit of router_contrastive_push
 KEPT = ("alive", "lead", "child", "age", "energy", "balance", "blend", "tie")  # what an update reads and changes
 KEPT += ("load", "demand", "both", "together", "inputs", "common")
 TIE_RATE = 0.05  # step of the bias between twins, times their relative difference in load
@@ -161,15 +161,22 @@ def _contrast(layer: SynapticMoE, cfg: SynapticConfig) -> None:
     weight = cfg.router_contrastive_pull * lift.clamp(min=0) - cfg.router_contrastive_push * (-lift).clamp(min=0) * cosine.clamp(min=0)
     weight = weight * pair
     along = weight @ unit - (weight * cosine).sum(1, keepdim=True) * unit
-    identity.add_(along * torch.linalg.vector_norm(identity, dim=-1, keepdim=True))
+    _turn(identity, along)
 
 
 def _estrange(layer: SynapticMoE, cfg: SynapticConfig) -> None:
-    """Move the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less."""
+    """Turn the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less."""
     kept, rows = layer.accounts, layer.router
     places = torch.arange(kept.slots, device=rows.device)
     other = torch.where(kept.child != places, kept.child, kept.lead)
     paired = (other != places)[:, None]
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     away = (kept.inputs - kept.inputs[other]) / layer.router.shape[1] ** 0.5
-    rows.add_(torch.where(paired, ESTRANGE * cfg.router_contrastive_push * length * away, 0.0))
+    _turn(rows, torch.where(paired, ESTRANGE * cfg.router_contrastive_push * away, 0.0))
+
+
+def _turn(rows: Tensor, by: Tensor) -> None:
+    """Move rows by shares of their length and give them that length again: steps as small as these would grow without bound."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    moved = rows + by * length
+    moved = moved * (length / torch.linalg.vector_norm(moved, dim=-1, keepdim=True).clamp(min=1e-12))
+    rows.copy_(torch.where((by != 0).any(-1, keepdim=True), moved, rows))

@@ -106,8 +106,10 @@ def _split(body: _Body, event: Event, mutation: float, seed: int, key: str) -> N
         if name in body.parameters:
             row = body.parameters[name][child]
             noise = torch.randn(row.shape, generator=generator_for(seed, f"{key}.{name}")).to(row)
-            size = torch.linalg.vector_norm(row) if name == "synapse.identity" else 1.0
-            row += mutation * size * noise / math.sqrt(len(row))
+            size = torch.linalg.vector_norm(row)
+            row += mutation * (size if name == "synapse.identity" else 1.0) * noise / math.sqrt(len(row))
+            if name == "synapse.identity":  # a direction: no generation is longer than the one before
+                row *= size / torch.linalg.vector_norm(row).clamp(min=1e-12)
     kept = body.layer.accounts
     for name in ("demand", "load", "benefit", "benefit_square"):
         value = getattr(kept, name)

@@ -290,13 +290,13 @@ impl Book<'_> {
                 *to += weight * (b - cosine * a);
             }
         }
-        for ((row, along), length) in identity.chunks_exact_mut(dim).zip(along.chunks_exact(dim)).zip(&lengths) {
-            row.iter_mut().zip(along).for_each(|(x, step)| *x += step * length);
+        for (row, along) in identity.chunks_exact_mut(dim).zip(along.chunks_exact(dim)) {
+            turn(row, along);
         }
         Ok(())
     }
 
-    /// Move the router rows `[E, D]` of twins apart along the difference of what each of them serves, by `rate` of their length.
+    /// Turn the router rows `[E, D]` of twins apart along the difference of what each of them serves, by `rate` of their length.
     ///
     /// # Errors
     /// When a size does not fit, in words.
@@ -311,12 +311,24 @@ impl Book<'_> {
                 continue;
             }
             let row = &mut rows[i * width..(i + 1) * width];
-            let step = rate * row.iter().map(|x| x * x).sum::<f32>().sqrt() / (width as f32).sqrt();
             let (mine, others) = (&self.inputs[i * width..][..width], &self.inputs[other * width..][..width]);
-            row.iter_mut().zip(mine).zip(others).for_each(|((x, a), b)| *x += step * (a - b));
+            let by: Vec<f32> = mine.iter().zip(others).map(|(a, b)| rate / (width as f32).sqrt() * (a - b)).collect();
+            turn(row, &by);
         }
         Ok(())
     }
+}
+
+/// Move a row by shares of its length and give it that length again: steps as small as these would grow without bound.
+fn turn(row: &mut [f32], by: &[f32]) {
+    if by.iter().all(|&x| x == 0.0) {
+        return;
+    }
+    let norm = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let length = norm(row);
+    row.iter_mut().zip(by).for_each(|(x, step)| *x += step * length);
+    let scale = length / norm(row).max(1e-12);
+    row.iter_mut().for_each(|x| *x *= scale);
 }
 
 #[cfg(test)]
@@ -381,6 +393,8 @@ mod tests {
         let mut all = vec![0.0f32; 7 * e + e * e + e * width + width];
         let (mut age, mut identity, mut rows) = ([0i64; 5], vec![0.0f32; e * 4], vec![0.0f32; e * width]);
         identity.iter_mut().chain(&mut rows).for_each(|x| *x = random() - 0.5);
+        let size = |rows: &[f32]| rows.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let born = (size(&identity), size(&rows));
         for _ in 0..300 {
             let (short, rest) = all.split_at_mut(7 * e);
             let [energy, balance, blend, tie, load, demand, both] = short.chunks_mut(e).collect::<Vec<_>>().try_into().unwrap();
@@ -410,5 +424,6 @@ mod tests {
         }
         assert_eq!((age, all[2 * e + 1]), ([300, 300, 300, 300, 0], 1.0));
         assert!(all.iter().chain(&identity).chain(&rows).all(|x| x.is_finite()));
+        assert!((size(&identity) / born.0 - 1.0).abs() < 1e-4 && (size(&rows) / born.1 - 1.0).abs() < 1e-4, "directions turn, lengths stay");
     }
 }

@@ -123,7 +123,24 @@ def test_contrast_pulls_partners_together_and_pushes_strangers_apart(pull, push,
     together, strangers = cosine(0, 1), cosine(0, 2)
     settle(moe, 40)
     assert (cosine(0, 1) > together + 0.02) if closer else (cosine(0, 2) < strangers - 0.1)
-    torch.testing.assert_close(moe.synapse.identity.norm(dim=1), size, rtol=0.2, atol=0)
+    torch.testing.assert_close(moe.synapse.identity.norm(dim=1), size, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_twins_turn_apart_for_ever_and_grow_no_longer(backend):
+    """Steps relative to a row's length would add up to any length in a life of thousands of steps, and saturate the router."""
+    moe = town([0.0] * 8, router_contrastive_push=1.0)
+    moe.backend = backend
+    moe.router.data[8] = moe.router.data[1]
+    moe.accounts.alive[8] = True
+    moe.accounts.lead[8], moe.accounts.child[1] = 1, 8
+    size = moe.router.detach().norm(dim=1)
+    between = []
+    for _ in range(3):
+        settle(moe, 100)
+        between.append(torch.cosine_similarity(moe.router[1], moe.router[8], dim=0).item())
+    torch.testing.assert_close(moe.router.detach().norm(dim=1), size, rtol=1e-4, atol=1e-6)
+    assert between[0] < 0.99 and between[-1] < between[0]
 
 
 def test_only_the_keeper_changes_accounts():
