@@ -424,6 +424,9 @@ mod tests {
         }
         assert_eq!((age, all[2 * e + 1]), ([300, 300, 300, 300, 0], 1.0));
         assert!(all.iter().chain(&identity).chain(&rows).all(|x| x.is_finite()));
-        assert!((size(&identity) / born.0 - 1.0).abs() < 1e-4 && (size(&rows) / born.1 - 1.0).abs() < 1e-4, "directions turn, lengths stay");
+        assert!(
+            (size(&identity) / born.0 - 1.0).abs() < 1e-4 && (size(&rows) / born.1 - 1.0).abs() < 1e-4,
+            "directions turn, lengths stay"
+        );
     }
 }
