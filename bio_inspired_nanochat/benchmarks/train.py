@@ -135,10 +135,10 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
 
 def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, Plan]:
     """The vanilla and the synaptic plan, of one batch."""
-    sizes = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
     if device.type != "cuda":
         sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared = {name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "dtype", "seed")}
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "dtype", "seed")}
     base = TrainConfig(**sizes, **shared, num_iterations=1)
     synaptic = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
     rows = config.device_batch_size or make_plan(synaptic, device, 1).rows

@@ -37,6 +37,8 @@ class Loader(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 class Objective(nn.Module):
     """The model as a function from a batch to what training minimises, the form that `parallel.Engine` calls."""
@@ -59,6 +61,7 @@ class Objective(nn.Module):
         rows = torch.arange(first_row, first_row + idx.shape[0], device=idx.device)
         where = {"noise_seed": self.seed, "noise_step": step, "sequence_ids": rows}
         out = self.model.run(idx, targets, **where, routing=probes is not None, probes=probes)
+        assert out.loss is not None, "there are targets"
         return out.loss if out.aux is None else out.loss + out.aux, out.loss.detach(), out.routing
 
 
