@@ -49,7 +49,7 @@ def test_a_terminal_facilitates_and_fast_weights_remember(monkeypatch: pytest.Mo
     matplotlib.use("agg", force=True)
     shown: list[int] = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(len(plt.get_fignums())))
-    names = _run(ROOT / "notebooks/one_terminal.ipynb", {"STEPS = 800": "STEPS = 300"})
+    names = _run(ROOT / "notebooks/one_terminal.ipynb", {"STEPS = 800": "STEPS = 200"})
     plt.close("all")
     assert shown == [1, 2]
     first, second = (float(names["released"][place]) for place in names["returns"])

@@ -19,10 +19,12 @@ _OTHERS = {
     "constraints.txt": ("tests/test_architecture.py", "tests/test_environment.py"),
     "pyproject.toml": ("tests/test_architecture.py", "tests/test_environment.py"),
     "LICENSE": ("tests/test_architecture.py",),
+    ".pre-commit-config.yaml": ("tests/upkeep/test_gate.py",),
     "speedrun.sh": ("tests/test_environment.py",),
     "scripts/env.sh": ("tests/test_environment.py",),
     "tests/run.sh": ("tests/test_environment.py",),
 }
+_FOLDERS = {"rust_src/": "tests/test_rust.py", "notebooks/": "tests/test_notebooks.py"}
 
 
 def git(root: Path, *words: str) -> str:
@@ -111,8 +113,9 @@ def tests_of(root: Path, changed: Iterable[str], narrow: bool) -> list[str]:
     helpers: list[str] = []
     for path in changed:
         found.update(name for name in _OTHERS.get(path, ()) if (root / name).exists())
-        if path.startswith("rust_src/") and (root / "tests/test_rust.py").exists():
-            found.add("tests/test_rust.py")
+        for folder, tests in _FOLDERS.items():
+            if path.startswith(folder) and (root / tests).exists():
+                found.add(tests)
         if path.endswith("conftest.py") and path.startswith("tests/"):
             found.update(name for name in imports if _is_test(name) and name.startswith(path.removesuffix("conftest.py")))
         elif path.endswith(".py"):

@@ -80,8 +80,8 @@ def private(value: Any) -> Any:
 def probe(name: str, arguments: list[int], timeout: float) -> Section:
     """Run a probe in a process of its own; a crash, a hang or an error becomes the section's `problem`."""
     command = [sys.executable, "-m", "bio_inspired_nanochat.upkeep.probes", name, *map(str, arguments)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    variables = dict(os.environ)
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [variables.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
             command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False

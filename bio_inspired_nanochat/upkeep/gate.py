@@ -177,7 +177,7 @@ def _run(check: Check, root: Path, seconds: float) -> Result:
         done = subprocess.run(
             check.command,
             cwd=root,
-            env=_environment(check.command, root),
+            env=_environment(check.command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -199,13 +199,11 @@ def _has(tool: str) -> bool:
     return shutil.which(tool) is not None if tool.startswith("cargo") else importlib.util.find_spec(tool) is not None
 
 
-def _environment(command: Sequence[str], root: Path) -> dict[str, str]:
-    """The variables of a check: modules from this tree; git's own, which a hook sets, would lead tests to the wrong repository."""
+def _environment(command: Sequence[str]) -> dict[str, str]:
+    """The variables of a check, without git's own: a hook sets them, and they would lead tests to the wrong repository."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     if command[0] == "cargo":
         kept["PYO3_PYTHON"] = sys.executable
     elif "pyrefly" in command:
         kept.pop("PYTHONPATH", None)  # its configuration says where modules are
-    else:
-        kept["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [kept.get("PYTHONPATH")])])
     return {"OMP_NUM_THREADS": "1"} | kept

@@ -76,7 +76,11 @@ def test_every_test_of_this_repository_can_be_reached() -> None:
     touched = [
         path.relative_to(ROOT).as_posix() for folder in ("bio_inspired_nanochat", "scripts") for path in (ROOT / folder).rglob("*.py")
     ]
-    found = set(changes.tests_of(ROOT, [*touched, "README.md", "pyproject.toml", "rust_src/src/lib.rs"], narrow=False))
+    found = set(
+        changes.tests_of(
+            ROOT, [*touched, "README.md", "pyproject.toml", "rust_src/src/lib.rs", "notebooks/one_terminal.ipynb"], narrow=False
+        )
+    )
     assert sorted(there - found) == []
 
 
@@ -85,8 +89,8 @@ def test_a_clean_commit_passes_and_a_broken_one_does_not(project: Path, capsys: 
     rows.write_text(GOOD + "MORE = 2\n")
     git(project, "add", "-A")
     skip = ("imports", *(("types",) if gates.importlib.util.find_spec("pyrefly") is None else ()))
-    record = gate(GateConfig(mode="staged", skip=skip), project / "tests")
-    assert record["ok"] and record["files"] == 1 and outcomes(record)["tests"] == "passed" and outcomes(record)["clippy"] == "skipped"
+    record = gate(GateConfig(mode="staged", skip=(*skip, "tests")), project / "tests")
+    assert record["ok"] and record["files"] == 1 and outcomes(record)["format"] == "passed" and outcomes(record)["clippy"] == "skipped"
     rows.write_text("import os\nVALUE: int = 'two'\n")
     record = gate(GateConfig(mode="branch", skip=skip), project)
     said = capsys.readouterr().out
@@ -150,9 +154,13 @@ def test_a_missing_tool_fails_and_says_what_installs_it(
     assert "pip install -c constraints.txt pyrefly" in out and "rustup component add clippy" in out
 
 
-def test_a_check_that_hangs_is_late(project: Path) -> None:
-    check = gates.Check("tests", (sys.executable, "-c", "import time; time.sleep(60)"), "nothing")
-    assert gates._run(check, project, 0.2).outcome == "late"
+@pytest.mark.parametrize(
+    "code, outcome",
+    [("pass", "passed"), ("raise SystemExit(5)", "passed"), ("raise SystemExit(1)", "failed"), ("import time; time.sleep(60)", "late")],
+)
+def test_the_end_of_a_check_decides(project: Path, code: str, outcome: str) -> None:
+    check = gates.Check("tests", (sys.executable, "-S", "-c", code), "nothing")  # pytest ends with 5 when it has nothing to run
+    assert gates._run(check, project, 2.0).outcome == outcome
 
 
 def test_the_hook_runs_the_gate() -> None:
