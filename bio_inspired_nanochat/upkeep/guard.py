@@ -99,7 +99,7 @@ def guard(config: GuardConfig, folder: Path | None = None) -> dict[str, Any]:
     skipped: dict[str, str] = {}
     broken: dict[str, str] = {}
     with checkout(root, config.against) as (old, commit):
-        _share_extension(root, old, commit)
+        _share_extension(root, old, commit, 60 * config.minutes)
         for words in config.commands():
             name = shlex.join(words)
             if not (old / "scripts" / f"{words[0]}.py").is_file():
@@ -166,16 +166,46 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _share_extension(root: Path, old: Path, commit: str) -> None:
-    """Give the other side the built Rust extension where its sources are the same; say so where they are not."""
+def _share_extension(root: Path, old: Path, commit: str, seconds: float) -> None:
+    """Give the other side a Rust extension when this one has one: the same file when the sources are the same, else one of its own.
+
+    Raises UserError when it cannot be built, because a side without it would lose to one with it.
+    """
     built = sorted((root / changes.PACKAGE).glob("_rust*.so"))
     if not built:
         return
+    source = built[0]
     if changes.git(root, "diff", "--name-only", commit, "--", *RUST_SOURCES).strip():
-        say("notice: the Rust sources differ, and the extension is built of the working tree's only: the revision runs without it")
-        return
-    for file in built:
-        shutil.copy2(file, old / changes.PACKAGE / file.name)
+        say("the Rust sources differ: building the extension of the revision (a minute or two)")
+        source = _build(old, seconds)
+    shutil.copy2(source, old / changes.PACKAGE / built[0].name)
+
+
+def _build(tree: Path, seconds: float) -> Path:
+    """The Rust extension of a tree, built inside it."""
+    command = ["cargo", "build", "--quiet", "--release", "--features", "python", "--target-dir", str(tree / "target")]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=tree,
+            env={**os.environ, "PYO3_PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        said = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+    except FileNotFoundError:
+        said = "cargo is not on PATH"
+    except subprocess.TimeoutExpired:
+        said = f"not done within --minutes={seconds / 60:g}"
+    found = [path for pattern in ("lib*_rust.so", "lib*_rust.dylib") for path in (tree / "target/release").glob(pattern)]
+    if said or not found:
+        raise UserError(
+            f"the Rust extension of the other revision cannot be built ({said or 'no library came out'}): install a Rust toolchain, or remove "
+            f"{changes.PACKAGE}/_rust*.so here, so that both sides run without it"
+        )
+    return found[0]
 
 
 def _compare(

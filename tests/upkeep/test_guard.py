@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.upkeep import guard as guards
 from bio_inspired_nanochat.upkeep.guard import GuardConfig, checkout, figures, guard, judge
 from tests.upkeep.test_gate import git, project  # noqa: F401  # a fixture
 
@@ -108,3 +109,21 @@ def test_wrong_input_is_one_line(project: Path) -> None:  # noqa: F811
         guard(GuardConfig(run="bench_fake"), project)
     with pytest.raises(UserError, match="against='nowhere' is no revision"), checkout(project, "nowhere"):
         pass
+
+
+def test_both_sides_have_the_extension_or_none(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    put(project, "bench_fake", FAKE.format(ratio=1, speedup=1))
+    (project / "bio_inspired_nanochat/_rust.abi3.so").write_bytes(b"compiled")
+    with checkout(project, "HEAD") as (old, commit):
+        guards._share_extension(project, old, commit, 10.0)
+        assert (old / "bio_inspired_nanochat/_rust.abi3.so").read_bytes() == b"compiled"
+    (project / "Cargo.toml").write_text("")
+    git(project, "add", "Cargo.toml")
+    monkeypatch.setattr(guards, "_build", lambda tree, seconds: tree / "README.md")
+    with checkout(project, "HEAD") as (old, commit):
+        guards._share_extension(project, old, commit, 10.0)
+        assert (old / "bio_inspired_nanochat/_rust.abi3.so").read_text() == "words\n"
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="cargo is not on PATH"):
+        guards._build(project, 10.0)
