@@ -111,7 +111,7 @@ class GPT(nn.Module):
                     values.normal_(0, 0.8, generator=generator)
                 elif self.config.init in RULES and leaf in ("q", "k", "v", "w_in") and parameter.ndim == 2:
                     std = (0.4 * bound if leaf == "w_in" else bound) / math.sqrt(3)
-                    values = automaton_matrix(*parameter.shape, RULES[self.config.init], generator, std)
+                    values = automaton_matrix(parameter.shape[0], parameter.shape[1], RULES[self.config.init], generator, std)
                 else:
                     limit = 0.4 * bound if leaf == "w_in" else bound
                     values.uniform_(-limit, limit, generator=generator)
@@ -266,6 +266,7 @@ class GPT(nn.Module):
         logits, loss = (self._logits(x), None) if targets is None else self._loss(x, targets)
         aux = summary = None
         if wants_aux:
+            assert records is not None
             aux = torch.stack([auxiliary_loss(record, cfg.aux_energy, cfg.aux_pool) for record in records]).mean()
         if telemetry:
             summary = [summarise(record, cfg.tick) for record in records or []]

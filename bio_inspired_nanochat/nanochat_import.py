@@ -127,7 +127,9 @@ def _tags(folder: Path) -> list[Path]:
 
 def _find(path: Path, step: int | None) -> tuple[Path, int]:
     if not path.is_dir():
-        number = int(_MODEL.fullmatch(path.name)[1])
+        named = _MODEL.fullmatch(path.name)
+        assert named is not None, "a file that the caller has recognised"
+        number = int(named[1])
         if step not in (None, number):
             raise UserError(f"{path} is of step {number}, not {step}: give its folder to choose a step")
         return path, number

@@ -83,7 +83,7 @@ class Tokenizer:
                     seen += len(segment)
                     yield segment
 
-        trainer = rustbpe.Tokenizer()
+        trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]
         trainer.train_from_iterator(segments(), vocab_size - len(SPECIALS), pattern=PATTERN)
         if not seen:
             raise UserError("no text to train a tokenizer on: every document is empty")
@@ -115,7 +115,8 @@ class Tokenizer:
     @classmethod
     def _from_content(cls, path: Path, content: dict[str, Any]) -> Tokenizer:
         damaged = f"tokenizer {path} is damaged: {{}}; restore or train it again"
-        pattern, specials, encoded = (content.get(key) for key in ("pattern", "specials", "ranks"))
+        parts: Any = (content.get(key) for key in ("pattern", "specials", "ranks"))
+        pattern, specials, encoded = parts
         if not (isinstance(pattern, str) and _is_strings(specials) and _is_strings(encoded)):
             raise UserError(damaged.format("pattern, specials or ranks are missing"))
         try:

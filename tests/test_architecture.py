@@ -38,6 +38,7 @@ LAYERS = [
     "tuning",
     "neuroviz",
     "web",
+    "upkeep",
 ]
 # The compiled extension has one door.
 EXTENSION, DOOR = "_rust", f"{PACKAGE}/kernels/rust.py"

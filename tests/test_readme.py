@@ -22,10 +22,12 @@ from pathlib import Path
 import pytest
 
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig
+from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.registry import MECHANISMS, knob_table, markdown_table
 from bio_inspired_nanochat.synaptic.genome import protein_table
 from bio_inspired_nanochat.training.metrics import METRIC_COLUMNS, metric_rows
 from bio_inspired_nanochat.training.speedrun import VARIABLES
+from bio_inspired_nanochat.upkeep.guard import GuardConfig
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
 
@@ -93,6 +95,8 @@ TINY: dict[str, dict[str, object]] = {
     "scripts.tok_train": {"vocab_size": 280},
     "scripts.tok_eval": {"vocab_size": "270,280", "max_chars": 5000},
     "scripts.download_data": {"pause": 0, "attempts": 2},
+    "scripts.doctor": {"depth": 1, "context": 64},
+    "scripts.quality_gate": {"mode": "all", "skip": "types,imports,clippy,rustfmt,tests"},
 }
 TUNING: dict[str, object] = {
     "steps": 2,
@@ -204,13 +208,13 @@ class Session:
     url: str = ""
     records: dict[str, dict] = field(default_factory=dict)
 
-    def run(self, words: list[str], **variables: str) -> str:
-        """Run a command; its standard output."""
+    def run(self, words: list[str], folder: Path | None = None, **variables: str) -> str:
+        """Run a command, by default in the session's folder; its standard output."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(self.folder / "base"), "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
         done = subprocess.run(
             words,
-            cwd=self.folder,
+            cwd=folder or self.folder,
             env=environment | variables,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -252,6 +256,12 @@ def _torchrun(session: Session, line: str, words: list[str], variables: dict[str
     session.records[line] = _script(session, launcher, words[start + 1 :], variables)
 
 
+def _guard(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
+    """Two sides of real benchmarks would take minutes, so only the flags and the names of the scripts are checked here."""
+    config = parse(GuardConfig, words[3:], prog="", description="")
+    assert all(f"scripts.{command[0]}" in TINY for command in config.commands()), line
+
+
 def _script(session: Session, launcher: list[str], words: list[str], variables: dict[str, str]) -> dict:
     """Run a script of the project, made small; the record that it prints last."""
     module, *flags = words
@@ -264,7 +274,8 @@ def _script(session: Session, launcher: list[str], words: list[str], variables: 
     flags = _replaced(flags, changes)
     if any(flag.startswith("--base_url=") for flag in flags):
         flags = _replaced(flags, {"base_url": session.url})
-    return json.loads(session.run([*launcher, module, *flags], **variables).splitlines()[-1])
+    folder = ROOT if module == "scripts.quality_gate" else None
+    return json.loads(session.run([*launcher, module, *flags], folder, **variables).splitlines()[-1])
 
 
 def _replaced(flags: list[str], changes: dict[str, object], add: bool = True) -> list[str]:
@@ -296,6 +307,7 @@ def _tensorboard(session: Session, line: str, words: list[str], variables: dict[
 
 Handler = Callable[[Session, str, list[str], dict[str, str]], None]
 HANDLERS: dict[tuple[str, ...], Handler] = {
+    ("python", "-m", "scripts.bench_guard"): _guard,
     ("python", "-m"): _python_module,
     ("torchrun",): _torchrun,
     ("bash", "speedrun.sh"): _shell_script,

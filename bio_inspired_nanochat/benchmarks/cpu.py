@@ -95,7 +95,7 @@ class _clocked:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.layers: list[CausalSelfAttention] = [block.attn for block in decoder.model.blocks]
+        self.layers: list[CausalSelfAttention] = [block.attn for block in decoder.model.blocks]  # pyrefly: ignore[bad-assignment]
 
     def __enter__(self) -> None:
         for layer in self.layers:
@@ -246,7 +246,7 @@ def bench_cpu(config: BenchCpuConfig) -> dict[str, Any]:
 
 
 def _models(config: BenchCpuConfig, dtype: torch.dtype) -> dict[str, GPT]:
-    sizes = sizes_from_depth(config.depth, config.head_dim, config.n_embd)
+    sizes: dict[str, Any] = dict(sizes_from_depth(config.depth, config.head_dim, config.n_embd))
     sizes |= {"num_experts": config.num_experts, "moe_top_k": config.moe_top_k}
     shape = GPTConfig(**sizes, sequence_len=max(config.context) + config.syn_cfg.tick, vocab_size=config.vocab_size, backend="sdpa")
     shapes = {"vanilla eager": shape}
@@ -301,7 +301,7 @@ def _terminals(model: GPT, context: int, threads: int, seconds: float) -> dict[s
         return {"presyn_speedup": None}
     torch.set_num_threads(threads)
     with torch.no_grad():
-        params: PresynParams = model.blocks[0].attn.synapse.params()
+        params: PresynParams = model.blocks[0].attn.synapse.params()  # pyrefly: ignore[missing-attribute]
     ticks = -(-context // params.tick)
     drive = torch.rand(1, model.config.n_head, ticks, context, generator=torch.Generator().manual_seed(0))
     born = torch.arange(context) < (torch.arange(ticks)[:, None] + 1) * params.tick

@@ -204,7 +204,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
 def _models(config: BenchDecodeConfig, device: torch.device, dtype: torch.dtype, length: int) -> list[GPT]:
     """The vanilla and the synaptic model, in evaluation mode."""
     gpu = device.type == "cuda"
-    sizes = sizes_from_depth(config.depth or (12 if gpu else 2), config.head_dim, config.n_embd)
+    sizes: dict[str, Any] = dict(sizes_from_depth(config.depth or (12 if gpu else 2), config.head_dim, config.n_embd))
     shape = GPTConfig(
         **sizes,
         sequence_len=length,

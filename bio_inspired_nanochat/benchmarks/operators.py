@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ class Inputs:
     theta: Tensor
     params: PresynParams
     plane: Tensor
-    gate: dict[str, Tensor]
+    gate: dict[str, Any]
     module: Presynaptic
 
     @classmethod
@@ -124,8 +124,8 @@ class Inputs:
         module.init_weights()
         module.to(device)
         theta = module.theta_value().detach().requires_grad_()
-        made = module.params()
-        params = PresynParams(*[value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value for value in made])
+        made: list[Any] = [value.detach().clone().requires_grad_() if isinstance(value, Tensor) else value for value in module.params()]
+        params = PresynParams(*made)
         plane = torch.rand((*shape[:2], num_ticks(0, cell.tokens, cell.tick), cell.tokens), generator=generator, device=device)
         gate = {}
         if cfg.barrier != "none":  # a gate at birth lets 98 % pass, more or less
@@ -222,7 +222,7 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
         return score + plane[batch, head, query // tick, key]
 
     mask = create_block_mask(causal, None, None, tokens, tokens, device=inputs.q.device)
-    options = {"score_mod": biased, "block_mask": mask, "scale": inputs.scale, "kernel_options": _FLEX_TILES}
+    options: dict[str, Any] = {"score_mod": biased, "block_mask": mask, "scale": inputs.scale, "kernel_options": _FLEX_TILES}
     return lambda: compiled(inputs.q, inputs.k, inputs.v, **options)
 
 

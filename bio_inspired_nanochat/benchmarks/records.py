@@ -58,7 +58,7 @@ def place(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {"device": name, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
 
 
-def quartiles(spread: Spread | None) -> list[float] | None:
+def quartiles(spread: Spread | None) -> list[float | None] | None:
     """The quartiles for the record, at four significant digits."""
     return None if spread is None else [short(spread.low), short(spread.high)]
 

@@ -118,7 +118,12 @@ def bench_scaling(config: BenchScalingConfig) -> dict[str, Any]:
         results = [result for kind in config.models for result in _measure(config, device, rank, rows, kind)]
     table(COLUMNS, [_cells(result) for result in results])
     plan = _plan(config, device, rank.world, rows, "vanilla", "ddp")
-    record = where | {"world": rank.world, "depth": plan.model.n_layer, "n_embd": plan.model.n_embd, "max_seq_len": plan.model.sequence_len}
+    record: dict[str, Any] = where | {
+        "world": rank.world,
+        "depth": plan.model.n_layer,
+        "n_embd": plan.model.n_embd,
+        "max_seq_len": plan.model.sequence_len,
+    }
     record |= {"vocab_size": plan.model.vocab_size, "device_batch_size": plan.rows, "accumulation": plan.accumulation}
     record |= {"tokens_per_step": plan.tokens_per_step, "compiled": plan.config.compile == "1", "bucket_mb": config.bucket_mb}
     record |= {"reduce_dtype": config.reduce_dtype, "reshard": config.reshard, "syn_preset": config.syn_preset}
@@ -139,10 +144,12 @@ def _rows(config: BenchScalingConfig, device: torch.device) -> int:
 
 
 def _plan(config: BenchScalingConfig, device: torch.device, world: int, rows: int | None, kind: str, way: str) -> Plan:
-    sizes = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size")}
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size")}
     if device.type != "cuda":
         sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared = {name: getattr(config, name) for name in ("n_embd", "head_dim", "compile", "dtype", "seed", "bucket_mb", "reduce_dtype")}
+    shared: dict[str, Any] = {
+        name: getattr(config, name) for name in ("n_embd", "head_dim", "compile", "dtype", "seed", "bucket_mb", "reduce_dtype")
+    }
     base = TrainConfig(**sizes, **shared, num_iterations=1, device_batch_size=rows, parallel=way, reshard=config.reshard and way == "fsdp")
     if kind == "synaptic":
         base = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)

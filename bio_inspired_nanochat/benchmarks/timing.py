@@ -18,7 +18,7 @@ import torch
 from bio_inspired_nanochat.training.clock import wait_for_device
 
 Mark = Callable[[], None]
-Run = Callable[[Mark], None]
+Run = Callable[[Mark], object]
 Phases = tuple[float, ...]
 
 WARM_RUNS = 3

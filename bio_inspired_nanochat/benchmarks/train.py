@@ -146,19 +146,19 @@ def _names(plans: Sequence[Plan]) -> tuple[str, ...]:
 
 def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, ...]:
     """The vanilla and the synaptic plan, and the one with experts where it is asked for, of one batch."""
-    sizes = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
     if device.type != "cuda":
         sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared = {name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "dtype", "seed")}
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "dtype", "seed")}
     base = TrainConfig(**sizes, **shared, num_iterations=1)
     synaptic = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
     rows = config.device_batch_size or make_plan(synaptic, device, 1).rows
     length = make_plan(dataclasses.replace(base, device_batch_size=1), device, 1).model.sequence_len
-    batch = {"device_batch_size": rows, "total_batch_size": config.total_batch_size or rows * length}
+    batch: dict[str, Any] = {"device_batch_size": rows, "total_batch_size": config.total_batch_size or rows * length}
     models = [base, synaptic]
     if config.num_experts:
-        routed = {name: getattr(config, name) for name in ("num_experts", "moe_top_k", "expert_ratio")}
-        wide = {"mlp_ratio": base.mlp_ratio + config.moe_top_k * config.expert_ratio}
+        routed: dict[str, Any] = {name: getattr(config, name) for name in ("num_experts", "moe_top_k", "expert_ratio")}
+        wide: dict[str, Any] = {"mlp_ratio": base.mlp_ratio + config.moe_top_k * config.expert_ratio}
         models = [*(dataclasses.replace(one, **wide) for one in models), dataclasses.replace(synaptic, **routed)]
     return tuple(make_plan(dataclasses.replace(one, **batch), device, 1) for one in models)
 

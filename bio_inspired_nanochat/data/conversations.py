@@ -108,6 +108,6 @@ def _turn(message: Any, where: str) -> Turn:
 def _part(part: Any, role: str, where: str) -> Part:
     kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
     allowed = (TEXT, CALL, RESULT) if role == ASSISTANT else (TEXT,)
-    if kind not in allowed or not isinstance(text, str):
+    if not isinstance(kind, str) or kind not in allowed or not isinstance(text, str):
         raise UserError(f"{where} has a part of type {str(kind)[:40]!r} that is none of {', '.join(allowed)} with a text")
     return Part(kind, text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import operator
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -158,11 +159,11 @@ def pack(lengths: Sequence[int], order: Sequence[int], columns: int, align: int)
     coming = iter(enumerate(order))
     start = 0
     while True:
-        while len(waiting) < WAITING and (item := next(coming, None)) is not None:
-            bisect.insort(waiting, (lengths[item[1]], -item[0], item[1]))
+        while len(waiting) < WAITING and (taken := next(coming, None)) is not None:
+            bisect.insort(waiting, (lengths[taken[1]], -taken[0], taken[1]))
         if not waiting:
             return rows
-        fitting = bisect.bisect_right(waiting, columns - start, key=lambda entry: entry[0])
+        fitting = bisect.bisect_right(waiting, columns - start, key=operator.itemgetter(0))
         if not rows or not fitting:
             rows.append([])
             start, fitting = 0, len(waiting)

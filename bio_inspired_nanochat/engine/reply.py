@@ -186,7 +186,9 @@ class Reply:
             state = self._given
             if state is None:
                 length = min(self._context, len(self._prompt) + options.max_tokens)
-                noise = {"noise_seed": options.sampling.seed, "sequence_ids": torch.arange(self._lanes)} if options.samples else {}
+                noise: dict[str, Any] = (
+                    {"noise_seed": options.sampling.seed, "sequence_ids": torch.arange(self._lanes)} if options.samples else {}
+                )
                 state = model.init_state(self._lanes, length, engram=self._engram, **noise)
             self._stepper = Stepper(model, state)
         state = self._stepper.state

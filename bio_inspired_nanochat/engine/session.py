@@ -116,7 +116,7 @@ class ChatSession:
     @property
     def remembers(self) -> bool:
         """Whether the model has fast weights, without which there is no memory to keep."""
-        return any(block.fast_layers() for block in self._model.blocks)
+        return any(block.fast_layers() for block in self._model.blocks)  # pyrefly: ignore[not-callable]
 
     def engram(self) -> Engram | None:
         """The memory as it is now: of this conversation, or what it began with. None when there is none."""

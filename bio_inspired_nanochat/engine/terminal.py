@@ -66,7 +66,7 @@ class Chat:
     """The conversation and its commands."""
 
     def __init__(self, config: ChatConfig, loaded: Loaded) -> None:
-        style = None if config.style == "auto" else config.style
+        style: Any = None if config.style == "auto" else config.style
         self.session = ChatSession(loaded, style, config.system, config.memory)
         self.config, self.temperature, self.turns = config, config.temperature, 0
         self.last = Answer(finish="stop")

@@ -89,7 +89,7 @@ def bits_per_byte(
                 idx, targets = idx[: int(rows_left)], targets[: int(rows_left)]
             rows_left -= idx.shape[0]
             idx, targets = idx.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            _add_batch(model.token_losses(idx, targets), targets, lengths, nats, counts)
+            _add_batch(model.token_losses(idx, targets), targets, lengths, nats, counts)  # pyrefly: ignore[not-callable]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(nats)
         dist.all_reduce(counts)

@@ -239,7 +239,8 @@ class Census:
 
     def _on(self, name: str, mechanisms: tuple[str, ...], under: tuple[tuple[str, str], ...]) -> Liveness:
         """The liveness of a knob on one model. Values with parameters of their own are trained on when nothing showed at once."""
-        config = dataclasses.replace(self.model(mechanisms).config.syn_cfg, **dict(under))
+        changes: dict[str, Any] = dict(under)
+        config = dataclasses.replace(self.model(mechanisms).config.syn_cfg, **changes)
         best, values = Liveness(name, 0.0, None, "nothing", mechanisms, under), points(name, getattr(config, name))
         for steps in (0, MORE_STEPS):
             for value in values:
@@ -278,7 +279,7 @@ class Census:
             return 0.0, "logits"
         # Where the moved model has parameters of its own, both start them at birth: training is not what is measured.
         start = shared if new else weights
-        measure = _training_outcome if record.training_only else _logits
+        measure: Callable[[GPT], Any] = _training_outcome if record.training_only else _logits
         key = (mechanisms, config, frozenset(start), measure, steps)
         if key not in self._references:
             reference = build(config, self.device)

@@ -254,7 +254,7 @@ def derivative(body: fx.GraphModule, fixed: int, inputs: int, outputs: int) -> f
 
     def product(*tensors: Tensor) -> list[Tensor]:
         held, moved, cotangents = tensors[:fixed], tensors[fixed:inputs], tensors[inputs:]
-        _, pull = torch.func.vjp(lambda *moving: tuple(body(*held, *moving)), *moved)
+        pull: Any = torch.func.vjp(lambda *moving: tuple(body(*held, *moving)), *moved)[1]
         return list(pull(tuple(cotangents)))
 
     return trace(product, inputs + outputs)

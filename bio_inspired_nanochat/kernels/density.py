@@ -105,9 +105,9 @@ def density(
     during = levels[:, : grid.ticks, None].expand(-1, -1, tick, -1)
     if fresh is not None:
         during = torch.where((seen == before[:, :, None])[..., None], during, torch.zeros_like(during))
-    outputs = [grid.tokens(part, length) for part in during.unbind(-1)]
+    first, second, third = (grid.tokens(part, length) for part in during.unbind(-1))
     final = _open_tick(levels, collected, closed, None if fresh is None else F.pad(after - before, (0, 1)) > 0)
-    return *outputs, final
+    return first, second, third, final
 
 
 def _open_tick(levels: Tensor, collected: Tensor, closed: int | Tensor, restarted: Tensor | None) -> DensityState:

@@ -184,7 +184,7 @@ class _Layer(NamedTuple):
             yield site, drive, planes, check
 
     def _gate(self) -> tuple[Tensor, Tensor]:
-        return (self.theta, self.theta) if self.barrier is None else (self.barrier, self.strength)
+        return (self.theta, self.theta) if self.barrier is None or self.strength is None else (self.barrier, self.strength)
 
     def _launch(self, kernel: Any, site: Site, *arguments: Any, **static: Any) -> None:
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]

@@ -272,7 +272,8 @@ def sum_groups(grad: Tensor, k: Tensor) -> Tensor:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, head and token of a [B, H, T, D] tensor."""
-    return x.stride()[:3]
+    batch, head, token = x.stride()[:3]
+    return batch, head, token
 
 
 def head_obstacle(q: Tensor) -> str | None:

@@ -130,7 +130,7 @@ def attention_maps(reading: Reading, most: int = 12) -> Any:
             continue
         image = axes.imshow(shown[layer].mean(0).sqrt().numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         axes.set(title=f"layer {layer}", xlabel="key (token)", ylabel="query (token)")
-    picture.colorbar(image, ax=list(panels), label="square root of the mean weight")
+    picture.colorbar(image, ax=list(panels), label="square root of the mean weight")  # pyrefly: ignore[unbound-name]
     return picture
 
 
@@ -168,7 +168,7 @@ def expert_map(experts: Sequence[dict[str, float]], places: Tensor, how: str = "
         for handle in marks.legend_handles:
             handle.set_sizes([60])
             handle.set_facecolor("#bbbbbb")
-    picture.colorbar(points, ax=axes, label="health (size: load; dark rim: old)")
+    picture.colorbar(points, ax=axes, label="health (size: load; dark rim: old)")  # pyrefly: ignore[unbound-name]
     return picture
 
 

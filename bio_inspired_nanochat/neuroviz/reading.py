@@ -90,4 +90,4 @@ def _watched(model: GPT, weights: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.attend
+            del layer.attend  # pyrefly: ignore[missing-attribute]

@@ -239,7 +239,7 @@ class TensorBoard(Callback):
 
         assert self._run is not None and self._run.log_dir is not None and look.identities is not None
         folder = self._run.log_dir
-        lines = ["\t".join(f"{value:.6g}" for value in row) for row in look.identities.tolist()]
+        lines: list[str] = ["\t".join(f"{value:.6g}" for value in row) for row in look.identities.tolist()]
         write_atomic(folder / "projector" / "experts.tsv", "\n".join(lines) + "\n")
         lines = ["\t".join(("name", *PROJECTED))]
         for row in look.experts:

@@ -81,7 +81,7 @@ class Muon(torch.optim.Optimizer):
                 assert param.ndim in (2, 3), f"Muon takes matrices and stacks of matrices, not shape {tuple(param.shape)}"
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
         """One step from the gradients in `.grad`."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
         """Step parameters of one shape, dtype and device together; of cut ones this rank's rows. Collective for cut matrices."""
         shape, dtype, cut = batch[0].shape, batch[0].dtype, is_cut(batch[0])
         lr, momentum = group["lr"], group["momentum"]
-        grads = [local(param.grad) for param in batch]
+        grads = [local(param.grad) for param in batch if param.grad is not None]
         averages = [local(self._average(param)) for param in batch]
         params: list[Tensor] = [local(param) for param in batch]
         if cut and len(shape) == 3 and not len(params[0]):

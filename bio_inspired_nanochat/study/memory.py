@@ -198,6 +198,7 @@ def _steps(run: StudyRun, model: GPT, optimizer: Optimizer, device: torch.device
     """Train; yields the number of steps done and the loss of the last, still on its device."""
     config, task = run.config, run.task
     generator = as_generator(stable_hash(run.seed, run.task_name, "train"), device)
+    batches: list[tuple[Tensor, ...]] = []
     model.train()
     for step in range(config.steps):
         if step % POOL == 0:
@@ -214,7 +215,7 @@ def _steps(run: StudyRun, model: GPT, optimizer: Optimizer, device: torch.device
 def _measured(run: StudyRun, model: GPT, task: MemoryTask) -> dict[str, Any]:
     config = run.config
     score = measure(model, task, config.eval_rows, batch=config.rows)
-    found = {name: value for name, value in dataclasses.asdict(score).items() if name != "by_distance"}
+    found: dict[str, Any] = {name: value for name, value in dataclasses.asdict(score).items() if name != "by_distance"}
     found["by_distance"] = _buckets(score)
     found["at_distance"] = {
         str(distance): measure(model, task.at(distance), config.eval_rows, batch=config.rows).accuracy for distance in config.eval_distances

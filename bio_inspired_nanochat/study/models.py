@@ -121,7 +121,7 @@ def build_variant(name: str, config: WindowedConfig, seed: int = 0) -> GPT:
     if variant.linear:
         for layer, block in enumerate(model.blocks):
             for key in config.syn_cfg.fast_layers:
-                projection = block.mlp.get_submodule(key.replace("mlp", "w")) if key.startswith("mlp") else block.attn.get_submodule(key)
+                projection = block.mlp.get_submodule(key.replace("mlp", "w")) if key.startswith("mlp") else block.attn.get_submodule(key)  # pyrefly: ignore[missing-attribute]
                 memory = LinearMemory(projection.in_features, projection.out_features, config.syn_cfg.rank_eligibility)
                 memory.init_weights(seed, f"linear_memory.{layer}.{key}")
                 memory.attach(projection)

@@ -390,7 +390,7 @@ class Switching(MemoryTask):
         keys = self._words + distinct(generator, rows, self.pairs, self.keys)
         first = _draw(generator, rows, self.pairs, self.values)
         second = (first + 1 + _draw(generator, rows, self.pairs, self.values - 1)) % self.values
-        start, told_a = 1, None
+        start, told_a = 1, keys  # where the values of context A were told, once that is done
         for phase, (context, values) in enumerate(((CONTEXT_A, first), (CONTEXT_B, second), (CONTEXT_A, first))):
             count = self.refresh if phase == 2 else self.pairs
             shown = _phrase(context, keys, literal + values)[:, :count]

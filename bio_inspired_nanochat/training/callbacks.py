@@ -19,6 +19,7 @@ from torch import nn
 from bio_inspired_nanochat.common import progress, say, write_atomic
 from bio_inspired_nanochat.common.console import Progress, duration, on_terminal
 from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.training.config import TrainConfig
 from bio_inspired_nanochat.training.vitals import Look
 
@@ -32,7 +33,7 @@ class Run:
     """
 
     config: TrainConfig
-    model: nn.Module
+    model: GPT
     start_step: int
     total_steps: int
     log_dir: Path | None

@@ -28,7 +28,8 @@ SAMPLE_TOKENS = 32
 class Loader(Protocol):
     """What the loop needs of a data loader; `PackedLoader` has it."""
 
-    wait_seconds: float  # and, where it has them: `documents` of the last batch, `counts` (see PackedLoader)
+    @property
+    def wait_seconds(self) -> float: ...  # and, where it has them: `documents` of the last batch, `counts` (see PackedLoader)
 
     @property
     def epoch(self) -> int: ...
@@ -36,6 +37,8 @@ class Loader(Protocol):
     def next_batch(self) -> tuple[Tensor, Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Objective(nn.Module):
@@ -59,6 +62,7 @@ class Objective(nn.Module):
         rows = torch.arange(first_row, first_row + idx.shape[0], device=idx.device)
         where = {"noise_seed": self.seed, "noise_step": step, "sequence_ids": rows}
         out = self.model.run(idx, targets, **where, routing=probes is not None, probes=probes)
+        assert out.loss is not None, "there are targets"
         return out.loss if out.aux is None else out.loss + out.aux, out.loss.detach(), out.routing
 
 

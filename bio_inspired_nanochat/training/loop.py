@@ -62,8 +62,8 @@ class Trainer:
     def _experts(self) -> ExpertKeeper | None:
         if not self.job.model.experts():
             return None
-        kept = self.job.log_dir is not None and self.job.rank.first and self.job.origin is None
-        log = LineageLog(self.job.log_dir) if kept else None
+        kept = self.job.rank.first and self.job.origin is None
+        log = LineageLog(self.job.log_dir) if kept and self.job.log_dir is not None else None
         if log is not None and self.start_step:
             log.resume(self.start_step)
         elif log is not None:

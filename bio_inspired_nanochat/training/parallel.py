@@ -103,7 +103,7 @@ class Engine:
             self._call = DistributedDataParallel(
                 objective,
                 device_ids=[device] if device.type == "cuda" else None,
-                **{buffers: False},
+                **{buffers: False},  # pyrefly: ignore[bad-argument-type]
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=config.bucket_mb,
             )

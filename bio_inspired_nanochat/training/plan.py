@@ -174,10 +174,10 @@ def given_fields(config: TrainConfig) -> set[str]:
     return set(_differences(to_dict(config), to_dict(TrainConfig())))
 
 
-def inherit(config: TrainConfig, given: set[str], saved: dict[str, Any]) -> dict[str, Any]:
+def inherit(config: Any, given: set[str], saved: dict[str, Any]) -> dict[str, Any]:
     """The values of a resumed run: those of the checkpoint, except for settings of the process and flags that were given.
 
-    saved: the checkpoint's train_config; given: dotted names of flags on the command line. Returns values for `from_dict`.
+    config: a TrainConfig or TuneConfig; saved: that of the checkpoint; given: dotted names of flags on the command line. Returns values for `from_dict`.
     """
     values = to_dict(config)
     kept = {name: value for name, value in saved.items() if name in values and name not in OPERATIONAL}

@@ -268,7 +268,7 @@ def _resumed_config(config: TrainConfig, given: set[str], saved: Checkpoint) -> 
 
 def _check_same_model(model: GPTConfig, saved: Checkpoint) -> None:
     """UserError when the flags ask for another model than the checkpoint's. The execution backend may change."""
-    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta.get("model_config"))))
+    now, then = _flat(to_dict(model)), _flat(to_dict(from_dict(GPTConfig, saved.meta.get("model_config") or {})))
     for name in (*FLAG_OF, *now):
         if name != "backend" and now[name] != then[name]:
             raise UserError(
@@ -350,6 +350,7 @@ def _one_step(plan: Plan, device: torch.device) -> float:
     tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
     optimizer.schedule(0, plan.steps)
     loss = model.run(tokens[:, :-1], tokens[:, 1:].contiguous()).loss
+    assert loss is not None, "there are targets"
     loss.backward()
     optimizer.clip_grad_norm()
     optimizer.step()

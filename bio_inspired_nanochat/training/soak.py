@@ -32,7 +32,7 @@ FEWEST = 60  # steps of a run
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SETTLED = 0.25  # share of a run after which its memory should not grow any more
 LONG = 60  # half seconds that a process must live for its memory to count: before, it is still starting
-RUN = {
+RUN: dict[str, Any] = {
     "synapses": 1,
     "depth": 2,
     "n_embd": 64,
@@ -179,8 +179,9 @@ def _part(folder: Path, steps: int, disturbance: tuple[float, signal.Signals] | 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "errors.txt", "w+", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        if disturbance is not None:
-            timer = threading.Timer(disturbance[0], process.send_signal, [disturbance[1]])
+        seconds, sign = disturbance or (None, None)
+        timer = None if seconds is None else threading.Timer(seconds, process.send_signal, [sign])
+        if timer is not None:
             timer.start()
         watch = threading.Thread(target=_watch, args=(process, part.memory), daemon=True)
         watch.start()
@@ -188,7 +189,7 @@ def _part(folder: Path, steps: int, disturbance: tuple[float, signal.Signals] | 
             out, _ = process.communicate()
         finally:
             process.kill()
-            if disturbance is not None:
+            if timer is not None:
                 timer.cancel()
         watch.join()
         errors.seek(0)

@@ -116,7 +116,7 @@ def tuned_config(config: TuneConfig, meta: dict[str, Any], where: object) -> Tra
 def tuned_optim(optim: OptimConfig, scale: float) -> OptimConfig:
     """The pre-training's optimizer with all learning rates scaled, which then fall linearly to 0; its momentum is warm already."""
     rates = {field.name: scale * getattr(optim, field.name) for field in dataclasses.fields(optim) if field.name.endswith("_lr")}
-    limits = {name: min(rate, 1.0) for name, rate in rates.items()}
+    limits: dict[str, Any] = {name: min(rate, 1.0) for name, rate in rates.items()}
     return dataclasses.replace(
         optim, **limits, momentum_start=optim.momentum, momentum_warmup=0, warmup_steps=0, decay_frac=1.0, final_lr_frac=0.0
     )

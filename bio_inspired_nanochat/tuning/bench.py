@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +48,9 @@ class BenchStackConfig:
     def model(self) -> GPTConfig:
         """The model of which there are many."""
         heads = self.n_embd // self.head_dim
-        sizes = {"n_layer": self.n_layer, "n_head": heads, "n_kv_head": heads, "n_embd": self.n_embd}
+        sizes: dict[str, Any] = {"n_layer": self.n_layer, "n_head": heads, "n_kv_head": heads, "n_embd": self.n_embd}
         syn = SynapticConfig.preset(self.syn_preset)
-        syn = syn if self.hebb == "off" else SynapticConfig(**{**PRESETS[self.syn_preset], "hebb": self.hebb})
+        syn = syn if self.hebb == "off" else dataclasses.replace(syn, hebb=self.hebb)
         return GPTConfig(sequence_len=self.context, vocab_size=self.vocab_size, **sizes, synapses=True, syn_cfg=syn)
 
 
@@ -69,6 +70,7 @@ def bench_stack(config: BenchStackConfig) -> dict[str, Any]:
     base, rows, ratios = courses["one model"], [], {}
     for name, course in courses.items():
         spread, ratio = course.spread().times(1e3), paired_ratio(course.total(), base.total())
+        assert ratio is not None, "every round runs all"
         rows.append((name, short(spread.median), str(quartiles(spread)), short(ratio.median), spread.count))
         if name != "one model":
             ratios[name.split()[0]] = short(ratio.median)

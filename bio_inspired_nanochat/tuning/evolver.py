@@ -138,8 +138,8 @@ def stop_reason(config: OptimizeConfig, progress: Progress, strategy: Any) -> st
             strategy.sigma = config.sigma0
             progress.resets += 1
             progress.improved = progress.generation
-    if config.early_stop and (said := strategy.stop()):
-        return "converged, says CMA-ES: " + ", ".join(f"{name}={value}" for name, value in said.items())
+    if config.early_stop and (reasons := strategy.stop()):
+        return "converged, says CMA-ES: " + ", ".join(f"{name}={value}" for name, value in reasons.items())
     return None
 
 

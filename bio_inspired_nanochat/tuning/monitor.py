@@ -92,6 +92,7 @@ class Curves(Watcher):
         axes.set_yticks(range(len(matrix)), self.space.names, fontsize=7)
         axes.set_title(f"{name} of the search distribution, on axes from 0 to 1", fontsize=8)
         figure.colorbar(image)
+        assert self.writer is not None
         self.writer.add_figure(name, figure, step)
 
     def close(self) -> None:

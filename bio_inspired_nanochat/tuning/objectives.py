@@ -134,7 +134,8 @@ def evaluate(
                 for index, values in zip(part, _trained(config, [pairs[i] for i in part], task, device), strict=True):
                     for name, value in values.items():
                         found[index].setdefault(name, []).append(value)
-    scores = [Score(**{name: float(np.mean(values)) for name, values in one.items()}) for one in found]
+    means: list[dict[str, Any]] = [{name: float(np.mean(values)) for name, values in one.items()} for one in found]
+    scores = [Score(**one) for one in means]
     scores = [dataclasses.replace(score, diverged=_diverged(config, score)) for score in scores]
     return [scores[first : first + len(seeds)] for first in range(0, len(scores), len(seeds))]
 
@@ -172,7 +173,7 @@ def _trained(
         parts = [[seed] for seed in seeds]
     else:
         models, parts = [Stack(configs, seeds, device)], [seeds]
-    train = _train_on_task if isinstance(task, MemoryTask) else _train_on_text
+    train: Callable[..., list[dict[str, float]]] = _train_on_task if isinstance(task, MemoryTask) else _train_on_text
     found = []
     for model, part in zip(models, parts, strict=True):
         model.compute_dtype = getattr(torch, config.dtype)
@@ -209,7 +210,8 @@ def _by_seed(seeds: Sequence[int], make: Callable[[int], Iterator[Batch]]) -> It
     streams = {seed: make(seed) for seed in dict.fromkeys(seeds)}
     while True:
         drawn = {seed: next(stream) for seed, stream in streams.items()}
-        yield tuple(torch.stack([drawn[seed][side] for seed in seeds]) for side in (0, 1))
+        tokens, targets = (torch.stack([drawn[seed][side] for seed in seeds]) for side in (0, 1))
+        yield tokens, targets
 
 
 def _train_on_task(

@@ -66,7 +66,7 @@ def readiness(config: SanityConfig, space: Space, evaluator: Evaluator) -> dict[
     signal: difference of the means; noise: standard deviation over seeds within a setting, pooled over both. `ready` when the bad one is
     worse by `gate_sds` of it.
     """
-    bad = {name: value for name, value in BAD.items() if name in space.names}
+    bad: dict[str, Any] = {name: value for name, value in BAD.items() if name in space.names}
     if not bad:
         raise UserError(f"the readiness gate knows a bad value of {', '.join(BAD)} alone, and none is searched: add one to --knobs")
     seeds = [stable_hash(config.seed, "gate", i) for i in range(config.gate_seeds)]

@@ -70,7 +70,7 @@ class Space:
         """The point of the base configuration."""
         return [axis.unit(getattr(self.base, axis.name)) for axis in self.axes]
 
-    def values(self, point: Sequence[float]) -> dict[str, float]:
+    def values(self, point: Sequence[float]) -> dict[str, Any]:
         """Knob values at a point."""
         return {axis.name: axis.value(u) for axis, u in zip(self.axes, point, strict=True)}
 

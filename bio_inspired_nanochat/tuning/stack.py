@@ -94,7 +94,7 @@ class Stack:
     def _column(self, synapses: Sequence[SynapticConfig], name: str) -> Tensor:
         return torch.tensor([getattr(one, name) for one in synapses], dtype=torch.float32, device=self.device)
 
-    def _folded(self, layer: int, synapses: Sequence[SynapticConfig]) -> nn.Module:
+    def _folded(self, layer: int, synapses: Sequence[SynapticConfig]) -> Any:
         """The attention of one layer with the heads of all models side by side."""
         attention = self._blocks[layer].attn
         if not isinstance(attention, SynapticCausalSelfAttention):
@@ -235,7 +235,7 @@ class _FoldedAttention(SynapticCausalSelfAttention):
         super().__init__(wide, layer)
         del self.q, self.k, self.v, self.o
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyrefly: ignore[bad-override-param-name]
         """q [B, K * H, T, D], k and v [B, K * Hkv, T, D], x [K, B, T, C] to [B, K * H, T, D]."""
         return self.attend(x, q, k, v, Extras())
 

@@ -82,7 +82,8 @@ class Pool:
         found: Scores = [[LOST] * len(seeds) for _ in candidates]
         ends = time.monotonic() + self.timeout
         while waiting and (left := ends - time.monotonic()) > 0:
-            for connection in wait(list(waiting), left):
+            ready: list[Any] = wait(list(waiting), left)
+            for connection in ready:
                 index = waiting.pop(connection)
                 try:
                     scores = connection.recv()

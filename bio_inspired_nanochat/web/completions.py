@@ -178,7 +178,9 @@ async def _stream(completion: Completion, watch: asyncio.Task, log: Callable[[di
         if lines:
             yield b"".join(lines)
     else:
-        endings = [head | {"choices": [_choice(answer, {}, REASONS[finish])]} for answer, finish in enumerate(completion.finishes)]
+        endings: list[dict[str, Any]] = [
+            head | {"choices": [_choice(answer, {}, REASONS[finish])]} for answer, finish in enumerate(completion.finishes)
+        ]
         endings[-1]["x_synapse"] = completion.extension()
         for record in endings:
             yield _line(record)

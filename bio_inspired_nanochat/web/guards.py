@@ -36,7 +36,12 @@ HEADERS = [
 
 
 class Guard:
-    """ASGI middleware: Host allow-list, same origin, authentication, type and size of the body, security headers on every answer."""
+    """ASGI middleware: Host allow-list, same origin, authentication, type and size of the body, security headers on every answer.
+
+    worker: what the application behind it works with, for those who hold the guard.
+    """
+
+    worker: Any
 
     def __init__(self, app: Callable, config: Access) -> None:
         self._app, self._config = app, config

@@ -35,7 +35,7 @@ class MemoryStore:
         self._model, self._most = model, most
         self._memories: OrderedDict[str, _Memory] = OrderedDict()
         self._lock = threading.Lock()
-        self.available = any(block.fast_layers() for block in model.blocks)
+        self.available = any(block.fast_layers() for block in model.blocks)  # pyrefly: ignore[not-callable]
 
     def begin(self, name: str, conversation: str | None) -> Engram | None:
         """What a conversation starts with: for its first turn the memory as it is now, for later ones what it was then."""

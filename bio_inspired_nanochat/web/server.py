@@ -24,7 +24,7 @@ class Server(uvicorn.Server):
     @classmethod
     def of(cls, app: Any) -> Server:
         """A quiet server of an ASGI application."""
-        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
         return cls(uvicorn.Config(app, lifespan="on", timeout_graceful_shutdown=5, ws="none", **quiet))
 
     @contextlib.contextmanager
