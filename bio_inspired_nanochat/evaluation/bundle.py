@@ -74,7 +74,7 @@ def find_bundle(folder: str | None, file: str | None, url: str | None, timeout: 
         key, what = sha256_file(path)[:16], f"eval_bundle_zip={file}"
     else:
         key, what = "url-" + hashlib.sha256(str(url).encode()).hexdigest()[:16], f"eval_bundle_url={url}"
-    with FileLock(store / f".{key}.lock"):
+    with FileLock(store / ".lock"):
         if not (store / key).exists():
             with tempfile.TemporaryDirectory(dir=store) as temporary:
                 if url:
