@@ -18,7 +18,7 @@ from bio_inspired_nanochat.evaluation.setting import EvaluationSetting, Found, M
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.tokenizer import Tokenizer
 
-INSTALL = 'pip install -c constraints.txt "lm-eval==0.4.13", or the extra "lm-eval" of this project'
+INSTALL = "python -m pip install -c constraints.txt lm-eval==0.4.13 (the extra lm-eval of this project)"
 NEW_TOKENS = 256  # of an answer whose task sets no limit
 METRICS = (Metric("accuracy", "", "higher", "mean of `acc` over the tasks of lm-eval that have it"),)
 
@@ -133,8 +133,13 @@ def run_harness(model: GPT, setting: EvaluationSetting) -> Found:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    folder = None if setting.lm_eval_dir is None else str(Path(setting.lm_eval_dir).expanduser())
-    manager = TaskManager(include_path=folder)
+    manager = None
+    if setting.lm_eval_dir is not None:  # the harness reads its thousands of task files only when one of them is asked for
+        folder = str(Path(setting.lm_eval_dir).expanduser())
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if not set(setting.lm_eval_tasks) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=folder)
+    manager = manager or TaskManager()
     for name in setting.lm_eval_tasks:
         if name not in manager.all_tasks:
             raise UserError(f"lm_eval_tasks={name} is no task of lm-eval: see its list of tasks, or give --lm_eval_dir")
