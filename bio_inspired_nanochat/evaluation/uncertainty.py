@@ -42,8 +42,9 @@ def calibrate(model: GPT, setting: EvaluationSetting) -> Found:
         for idx, targets, rows in text_batches(model, setting, "calibration"):
             asked = targets >= 0
             parts.append(_plain(model.logits(idx)[asked], targets[asked]))
-            if model.stochastic:
-                parts[-1] |= _monte_carlo(model, idx, targets, rows, setting)
+            if model.stochastic:  # a row at a time: probabilities of all words are kept over the draws
+                made = [_monte_carlo(model, idx[[row]], targets[[row]], rows[[row]], setting) for row in range(len(idx))]
+                parts[-1] |= {name: torch.cat([one[name] for one in made]) for name in made[0]}
     kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     found = plain_metrics(kept)
     sweep = {str(value): equal_mass_error(kept["confidence"][:, place], kept["right"]) for place, value in enumerate(TEMPERATURES)}
@@ -95,21 +96,23 @@ def _plain(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def _monte_carlo(model: GPT, idx: Tensor, targets: Tensor, rows: Tensor, setting: EvaluationSetting) -> dict[str, Tensor]:
-    """The same for the mean of probabilities; a row's draws depend on its number and the seed alone."""
-    asked = targets >= 0
+    """The same for the mean of probabilities; a row's draws depend on its number and the seed alone.
+
+    In float64 where the device has it, because the information is a small difference of entropies.
+    """
+    asked, exact = targets >= 0, torch.float32 if idx.device.type == "mps" else torch.float64
     wanted = targets[asked]
-    mean = torch.zeros(len(wanted), model.config.vocab_size, device=idx.device)
-    spread = torch.zeros(len(wanted), device=idx.device)
+    mean = torch.zeros(len(wanted), model.config.vocab_size, dtype=exact, device=idx.device)
+    spread = torch.zeros(len(wanted), dtype=exact, device=idx.device)
     for draw in range(setting.draws):
         out = model.run(idx, noise_seed=setting.seed, noise_step=draw, sequence_ids=rows)
-        probabilities = out.logits[asked].float().softmax(-1)
+        probabilities = out.logits[asked].to(exact).softmax(-1)
         mean += probabilities / setting.draws
         spread += entropy(probabilities) / setting.draws
     total = entropy(mean)
-    chosen = mean.gather(1, wanted[:, None])[:, 0]
     found = {
         "mc_confidence": mean.max(-1).values,
-        "mc_losses": -chosen.clamp_min(1e-30).log(),
+        "mc_losses": -mean.gather(1, wanted[:, None])[:, 0].clamp_min(1e-30).log(),
         "mc_entropy": total,
         "mc_information": (total - spread).clamp_min(0),
     }
