@@ -102,6 +102,15 @@ def test_a_model_that_guesses_is_at_zero_and_one_that_knows_at_one(tmp_path: Pat
     assert evaluate_in_detail(Planted(guess), ["core"], few)["core"].details["tasks"]["choice"]["questions"] == 2
 
 
+def test_tied_options_share_the_point() -> None:
+    def scores(*losses: float) -> list[PartScore]:
+        return [PartScore(torch.full((2,), loss).double(), torch.zeros(2, dtype=torch.bool)) for loss in losses]
+
+    assert [core.judged(scores(1, 1, 2), gold) for gold in range(3)] == [0.5, 0.5, 0]
+    assert [core.judged(scores(3, 2), gold) for gold in range(2)] == [0, 1]
+    assert core.judged([PartScore(torch.ones(2), torch.tensor([True, False]))], None) == 0
+
+
 def test_prompts_show_solved_examples_and_judge_the_answer_alone(tmp_path: Path) -> None:
     choice, schema, facts = read_bundle(make(tmp_path))
     decode = tokenizer().decode

@@ -36,6 +36,9 @@ def test_a_continuation_is_scored_behind_bos_and_its_context() -> None:
     )
     assert spaced == joined == pytest.approx(sum(own[-last:]), abs=1e-4), "a blank counts to the word, wherever a task writes it"
     assert whole == pytest.approx(sum(own), abs=1e-4)
+    assert len({scored for scored, _ in answers.loglikelihood([("1 ", "2"), ("1", " 2")])}) == 1, (
+        "also where the blank is a token of its own"
+    )
     assert answers.rolling(["the king said to"]) == [pytest.approx(whole, abs=1e-4)]
     with pytest.raises(UserError, match="empty"):
         answers.loglikelihood([("the king", "")])

@@ -105,7 +105,7 @@ def test_the_area_under_the_curve_counts_pairs() -> None:
     assert auroc(uncertain, torch.zeros(4).bool()) is None is auroc(uncertain, torch.ones(4).bool())
 
 
-def test_draws_of_a_model_are_those_of_the_seed_and_not_of_the_batch() -> None:
+def test_draws_of_a_model_are_those_of_the_seed_and_not_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("full", vocab_size=tokenizer().vocab_size, bos_token_id=tokenizer().bos_id, sequence_len=32)
     setting = EvaluationSetting(tokenizer=tokenizer(), source=text(), tokens=96, draws=2, batch_size=3)
     once = evaluate(model, ["calibration"], setting)
@@ -115,3 +115,8 @@ def test_draws_of_a_model_are_those_of_the_seed_and_not_of_the_batch() -> None:
     other = evaluate(model, ["calibration"], dataclasses.replace(setting, seed=5))
     assert once["calibration.mc_information"] != other["calibration.mc_information"] and once["calibration.mc_information"] > 0
     assert once["calibration.nll"] == other["calibration.nll"]
+    run, seen = model.run, []
+    monkeypatch.setattr(model, "run", lambda idx, **options: seen.append(options) or run(idx, **options))
+    evaluate(model, ["calibration"], setting)
+    drawn = {(int(row), one["noise_step"]) for one in seen for row in one["sequence_ids"]}
+    assert drawn == {(row, draw) for row in range(3) for draw in range(2)}, "every row and draw has noise of its own"
