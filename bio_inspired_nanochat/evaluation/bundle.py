@@ -193,7 +193,8 @@ def read_bundle(root: Path) -> list[CoreTask]:
     return [_task(root, f"{path} icl_tasks[{place}]", entry, baselines) for place, entry in enumerate(entries)]
 
 
-def _baselines(path: Path) -> dict[str, float]:
+def _baselines(path: Path) -> dict[str, tuple[str, str]]:
+    """By task the place and the text of its baseline: the table may have lines for other tasks than those of core.yaml."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -206,17 +207,22 @@ def _baselines(path: Path) -> dict[str, float]:
         label, text = row.get("Eval Task"), row.get("Random baseline")
         if label is None or text is None:
             raise UserError(f'{path} line {number} lacks "Eval Task" or "Random baseline": the first line names the columns')
-        try:
-            value = float(text)
-        except ValueError:
-            raise UserError(f"{path} line {number} has Random baseline {text!r}: a percentage is needed") from None
-        if not 0 <= value < 100:
-            raise UserError(f"{path} line {number} has Random baseline {text}: a percentage in [0, 100) is needed")
-        found[label] = value / 100
+        found[label] = (f"{path} line {number}", text)
     return found
 
 
-def _task(root: Path, where: str, entry: Any, baselines: dict[str, float]) -> CoreTask:
+def _percentage(place: str, text: str) -> float:
+    """The share that a percentage in [0, 100) stands for."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"{place} has Random baseline {text!r}: a percentage is needed") from None
+    if not 0 <= value < 100:
+        raise UserError(f"{place} has Random baseline {text}: a percentage in [0, 100) is needed")
+    return value / 100
+
+
+def _task(root: Path, where: str, entry: Any, baselines: dict[str, tuple[str, str]]) -> CoreTask:
     wanted = {"label": str, "icl_task_type": str, "dataset_uri": str, "num_fewshot": list}
     if not isinstance(entry, dict):
         raise UserError(f"{where} is no mapping: label, icl_task_type, dataset_uri and num_fewshot are needed")
@@ -239,7 +245,7 @@ def _task(root: Path, where: str, entry: Any, baselines: dict[str, float]) -> Co
     items = tuple(_checked(place, item, task_kind) for place, item in read_jsonl(root / "eval_data" / uri))
     if len(items) <= shots[0]:
         raise UserError(f"{root / 'eval_data' / uri} has {len(items)} items: {label} needs more than its {shots[0]} examples")
-    return CoreTask(label, task_kind, shots[0], delimiter, baselines[label], items)
+    return CoreTask(label, task_kind, shots[0], delimiter, _percentage(*baselines[label]), items)
 
 
 def _checked(place: str, item: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def run_harness(model: GPT, setting: EvaluationSetting) -> Found:
             bootstrap_iters=0,
             **seeds,
         )
-    except (OSError, ConnectionError, KeyError) as error:
+    except OSError as error:
         raise UserError(
             f"lm-eval cannot run {', '.join(setting.lm_eval_tasks)} ({type(error).__name__}: {error}): check its data"
         ) from None

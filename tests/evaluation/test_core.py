@@ -37,7 +37,7 @@ TASKS = """icl_tasks:
 - {label: schema, icl_task_type: schema, dataset_uri: schema.jsonl, num_fewshot: [0]}
 - {label: facts, icl_task_type: language_modeling, dataset_uri: facts.jsonl, num_fewshot: [1], continuation_delimiter: ": "}
 """
-BASELINES = "Eval Task,Task Category,Random baseline\nchoice,x,25\nschema,x,50.0\nfacts,x,0\nunused,x,10\n"
+BASELINES = "Eval Task,Task Category,Random baseline\nchoice,x,25\nschema,x,50.0\nfacts,x,0\nunused,x,\n"
 
 
 def files() -> dict[str, str]:
