@@ -23,6 +23,7 @@ import pytest
 
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig
 from bio_inspired_nanochat.config.cli import parse
+from bio_inspired_nanochat.evaluation.suite import EVALUATIONS
 from bio_inspired_nanochat.registry import MECHANISMS, knob_table, markdown_table
 from bio_inspired_nanochat.synaptic.genome import protein_table
 from bio_inspired_nanochat.training.metrics import METRIC_COLUMNS, metric_rows
@@ -53,6 +54,7 @@ TRAINING = {
 TINY: dict[str, dict[str, object]] = {
     "scripts.base_train": TRAINING,
     "scripts.base_eval": {"eval_tokens": 128, "samples": 1, "max_tokens": 4, "device": "cpu"},
+    "scripts.eval_suite": {"tokens": 64, "rows": 1, "samples": 2, "sample_tokens": 8, "draws": 2, "device": "cpu"},
     "scripts.bench_kernels": {"head_dim": 16, "context": 32, "seconds": 0, "device": "cpu"},
     "scripts.bench_train": {
         **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
@@ -140,10 +142,19 @@ def _flags(values: Mapping[str, object]) -> str:
     return " ".join(f"`{name}={value if isinstance(value, str) else format(value, 'g')}`" for name, value in values.items())
 
 
+def _evaluations() -> str:
+    rows = []
+    for name, item in EVALUATIONS.items():
+        metrics = dict.fromkeys(re.sub(r"_\d{3,}$", "_N", metric.name) for metric in item.metrics)
+        rows.append((f"`{name}`", " ".join(f"`{metric}`" for metric in metrics), item.needs))
+    return markdown_table(rows, ["evaluation", "metrics", "needs"])
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "mechanisms": _mechanisms,
     "knobs": lambda: markdown_table(knob_table(SynapticConfig)),
     "proteins": lambda: markdown_table(protein_table()),
+    "evaluations": _evaluations,
     "metrics": lambda: markdown_table(metric_rows(), METRIC_COLUMNS),
 }
 

@@ -46,7 +46,7 @@ def evaluate_base(config: BaseEvalConfig) -> dict[str, Any]:
     say(f"checkpoint {loaded.path}: {'synaptic' if model.config.synapses else 'vanilla'}, {model.num_params():,} parameters")
     if config.zero_synapses and not model.gains():
         raise UserError(f"zero_synapses=1 needs a synaptic model: {loaded.path} has no synapses")
-    source = _source(config, loaded.meta)
+    source = text_source(config.data_dir, config.dataset, loaded.meta)
     record: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
@@ -68,10 +68,10 @@ def evaluate_base(config: BaseEvalConfig) -> dict[str, Any]:
     return record | {"samples": texts, "device": str(device), "seconds": round(time.perf_counter() - began, 3)}
 
 
-def _source(config: BaseEvalConfig, meta: dict[str, Any]) -> DataSource:
-    """The text asked for, else that of the training."""
-    if config.data_dir is not None or config.dataset is not None:
-        return resolve_data(config.data_dir, config.dataset)
+def text_source(data_dir: str | None, dataset: str | None, meta: dict[str, Any]) -> DataSource:
+    """The text asked for, else that of the training, which `meta` of a checkpoint names. Raises UserError when it is not there."""
+    if data_dir is not None or dataset is not None:
+        return resolve_data(data_dir, dataset)
     trained = meta.get("train_config", {})
     try:
         return resolve_data(trained.get("data_dir"), trained.get("dataset"))

@@ -1,0 +1,94 @@
+"""The suite for a checkpoint: chosen evaluations, a table of all their metrics, one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bio_inspired_nanochat.common import pick_device, say, table
+from bio_inspired_nanochat.config import knob
+from bio_inspired_nanochat.engine import load
+from bio_inspired_nanochat.errors import UserError, nearest
+from bio_inspired_nanochat.evaluation.base import text_source
+from bio_inspired_nanochat.evaluation.setting import Amounts
+from bio_inspired_nanochat.evaluation.suite import EVALUATIONS, EvaluationSetting, evaluate_in_detail
+
+ALWAYS = ("bpb", "copy", "needle", "calibration", "diversity")  # what every language model with its text can be asked
+ON_REQUEST = ("experts", "core", "pairs", "lm_eval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig(Amounts):
+    """Which evaluations to run on which checkpoint."""
+
+    checkpoint: str | None = knob(None, "checkpoint: a step, a run or a folder of runs; auto is the newest of all runs", path="exists")
+    tasks: str = knob(
+        "auto",
+        f"names of evaluations with commas between, all of them for all; auto takes {', '.join(ALWAYS)} and what a flag or the model gives "
+        f"a reason for ({', '.join(ON_REQUEST)})",
+    )
+    data_dir: str | None = knob(None, "folder of parquet shards; auto is what the model was trained on", path="exists")
+    dataset: str | None = knob(None, "name of a Hugging Face dataset to use instead", none="none")
+    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.chosen(experts=True)
+
+    def chosen(self, experts: bool) -> list[str]:
+        """The evaluations by name; `experts`: the model has some. Raises UserError for an unknown one."""
+        if self.tasks == "all":
+            return [name for name in EVALUATIONS if name != "memory"]  # which is for models of integer tasks
+        if self.tasks == "auto":
+            reasons = {"experts": experts, "core": self.bundle_given, "pairs": self.pairs_dir, "lm_eval": self.lm_eval_tasks}
+            return [*ALWAYS, *(name for name in ON_REQUEST if reasons[name])]
+        names = [name.strip() for name in self.tasks.split(",")]
+        for name in names:
+            if name not in EVALUATIONS:
+                raise UserError(
+                    f"--tasks={self.tasks} has an unknown evaluation {name!r}: one of {', '.join(EVALUATIONS)}{nearest(name, EVALUATIONS)}"
+                )
+        if len(set(names)) < len(names):
+            raise UserError(f"--tasks={self.tasks} names an evaluation twice: name each once")
+        return names
+
+    @property
+    def bundle_given(self) -> bool:
+        """Whether there is a CORE bundle to run."""
+        return any((self.eval_bundle_dir, self.eval_bundle_zip, self.eval_bundle_url))
+
+
+def evaluate_suite(config: SuiteConfig) -> dict[str, Any]:
+    """Evaluate one checkpoint; returns the script's last line. Raises UserError for missing checkpoints and data."""
+    began = time.perf_counter()
+    device = pick_device(config.device)
+    loaded = load(config.checkpoint, device)
+    model = loaded.model
+    say(f"checkpoint {loaded.path}: {'synaptic' if model.config.synapses else 'vanilla'}, {model.num_params():,} parameters")
+    source = text_source(config.data_dir, config.dataset, loaded.meta)
+    amounts = {field.name: getattr(config, field.name) for field in dataclasses.fields(Amounts)}
+    setting = EvaluationSetting(tokenizer=loaded.tokenizer, source=source, device=device, **amounts)
+    names = config.chosen(experts=bool(model.experts()))
+    found = evaluate_in_detail(model, names, setting)
+    rows = []
+    for name, one in found.items():
+        metrics = {metric.name: metric for metric in EVALUATIONS[name].metrics}
+        for key, value in one.values.items():
+            better = "reference" if metrics[key].reference else metrics[key].better
+            if value is not None:
+                rows.append([f"{name}.{key}", value, metrics[key].unit or "-", better])
+    table(("metric", "value", "unit", "better"), rows)
+    return {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "synapses": model.config.synapses,
+        "params": model.num_params(),
+        "metrics": {f"{name}.{key}": value for name, one in found.items() for key, value in one.values.items()},
+        "details": {name: dict(one.details) for name, one in found.items()},
+        "notices": [notice for one in found.values() for notice in one.notices],
+        "seed": config.seed,
+        "device": str(device),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
