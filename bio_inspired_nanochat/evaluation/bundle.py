@@ -67,8 +67,8 @@ def find_bundle(folder: str | None, file: str | None, url: str | None, timeout: 
         return None
     store = base_dir() / "eval_bundles"
     store.mkdir(exist_ok=True)
+    path = Path(file or "").expanduser()
     if file:
-        path = Path(file).expanduser()
         if not path.is_file():
             raise UserError(f"eval_bundle_zip={file} does not exist: give the zip file of a bundle")
         key, what = sha256_file(path)[:16], f"eval_bundle_zip={file}"

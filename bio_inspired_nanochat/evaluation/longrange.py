@@ -84,7 +84,7 @@ def needle_pair(text: Sequence[int], generator: torch.Generator, length: int, to
 def _pieces(text: Sequence[int], generator: torch.Generator, lengths: Sequence[int]) -> list[Sequence[int]]:
     """Pieces of the text that do not overlap, read on from its start where it ends, from a random place on in this order."""
     at = int(torch.randint(len(text), (), generator=generator))
-    found = []
+    found: list[Sequence[int]] = []
     for length in lengths:
         places = range(at, at + length)
         found.append([text[place % len(text)] for place in places])

@@ -48,12 +48,12 @@ def read_pairs(folder: Path) -> dict[str, list[tuple[str, str]]]:
         raise UserError(f"pairs_dir={folder} has no .jsonl files: one per phenomenon, with sentence_good and sentence_bad in every line")
     found: dict[str, list[tuple[str, str]]] = {}
     for file in files:
-        pairs = []
+        pairs: list[tuple[str, str]] = []
         for place, record in read_jsonl(file):
-            sentences = [record.get(key) for key in ("sentence_good", "sentence_bad")]
-            if not all(isinstance(sentence, str) and sentence for sentence in sentences):
+            good, bad = (record.get(key) for key in ("sentence_good", "sentence_bad"))
+            if not (isinstance(good, str) and good and isinstance(bad, str) and bad):
                 raise UserError(f"{place} lacks sentence_good or sentence_bad: both must be text")
-            pairs.append((sentences[0], sentences[1]))
+            pairs.append((good, bad))
         if not pairs:
             raise UserError(f"{file} has no pairs: remove it, or add lines with sentence_good and sentence_bad")
         found[file.stem] = pairs
