@@ -29,6 +29,7 @@ from bio_inspired_nanochat.synaptic.genome import protein_table
 from bio_inspired_nanochat.training.metrics import METRIC_COLUMNS, metric_rows
 from bio_inspired_nanochat.training.speedrun import VARIABLES
 from bio_inspired_nanochat.upkeep.guard import GuardConfig
+from tests import forked
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
 
@@ -220,19 +221,15 @@ class Session:
     records: dict[str, dict] = field(default_factory=dict)
 
     def run(self, words: list[str], folder: Path | None = None, **variables: str) -> str:
-        """Run a command, by default in the session's folder; its standard output."""
+        """Run a command, by default in the session's folder; its standard output. Python is a fork of a process that has imported torch,
+        except for the first command."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(self.folder / "base"), "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
-        done = subprocess.run(
-            words,
-            cwd=folder or self.folder,
-            env=environment | variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        place = {"cwd": folder or self.folder, "env": environment | variables, "timeout": 240}
+        if words[0] == sys.executable and self.records:
+            done = forked.run(words[1:], **place)
+        else:
+            done = subprocess.run(words, **place, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
@@ -379,10 +376,11 @@ def test_a_command_that_would_not_be_run_is_found(line: str, tmp_path: Path) -> 
         Session(tmp_path).execute(line)
 
 
-@pytest.mark.parametrize("words", [["prepare_data", "--inptu=x"], ["prepare_data", "--input=nowhere.txt", "--out=y"]])
-def test_a_command_that_fails_is_found(words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="exit code 2"):
-        Session(tmp_path).execute(f"python -m scripts.{shlex.join(words)}")
+@pytest.mark.parametrize("before", [{}, {"another": {}}], ids=["an interpreter", "a fork"])
+def test_a_command_that_fails_is_found(before: dict[str, dict], tmp_path: Path) -> None:
+    for words in (["prepare_data", "--inptu=x"], ["prepare_data", "--input=nowhere.txt", "--out=y"])[: 1 + len(before)]:
+        with pytest.raises(AssertionError, match="exit code 2"):
+            Session(tmp_path, records=before).execute(f"python -m scripts.{shlex.join(words)}")
 
 
 def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

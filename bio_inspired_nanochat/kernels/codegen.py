@@ -7,6 +7,7 @@ and `exponential` of `kernels.tiles`, because exactly rounded ones cost many ins
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -20,18 +21,24 @@ Value = Any  # the Triton expression of a node: a variable's name, a literal, or
 
 def trace(function: Callable, inputs: int) -> fx.GraphModule:
     """The graph of `function(*tensors) -> list of tensors`, all float32 of one shape, without dead or repeated work."""
-    from torch._decomp import core_aten_decompositions
-    from torch.fx.experimental.proxy_tensor import make_fx  # imported late: they load the compiler's front end
+    from torch.fx.experimental.proxy_tensor import make_fx  # imported late: it loads the compiler's front end
 
     examples = [torch.rand(3) * 0.5 + 0.25 for _ in range(inputs)]
-    lists = (torch.ops.aten.stack.default, torch.ops.aten.unbind.int)
-    table = {name: rule for name, rule in core_aten_decompositions().items() if name not in lists}
     # without overwritten values, whose clones would be merged with those of their neighbours
-    module = make_fx(torch.func.functionalize(function, remove="mutations"), decomposition_table=table)(*examples)
+    module = make_fx(torch.func.functionalize(function, remove="mutations"), decomposition_table=_decompositions())(*examples)
     _merge_equal(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable]:
+    """How operations become primitive ones; making the table takes longer than tracing a small function."""
+    from torch._decomp import core_aten_decompositions  # imported late, too
+
+    lists = (torch.ops.aten.stack.default, torch.ops.aten.unbind.int)
+    return {name: rule for name, rule in core_aten_decompositions().items() if name not in lists}
 
 
 def _merge_equal(graph: fx.Graph) -> None:

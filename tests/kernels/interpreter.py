@@ -2,21 +2,21 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import forked
+
+LOADED = ("torch._dynamo", "torch.fx.experimental.proxy_tensor", "pytest", "tests.contract", "tests.kernels.patched_once")
+VARIABLE = ("TRITON_INTERPRET", "1")
 
 
 def run_interpreted(code: str) -> None:
     """Run Python code from the root of the repository on CPU tensors; skips where there is no working interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    env = {**os.environ, VARIABLE[0]: VARIABLE[1], "PYTHONPATH": str(forked.ROOT)}
+    result = forked.run(["-c", code], env=env, preload=LOADED, at_import=(VARIABLE,))
     if "only 0-dimensional arrays can be converted" in result.stderr:
         pytest.skip("this Triton's interpreter does not work with the installed NumPy")
     assert result.returncode == 0, result.stderr[-2000:]

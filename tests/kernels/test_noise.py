@@ -2,10 +2,7 @@
 
 import importlib.util
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ import torch
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import noise as noise_module
 from bio_inspired_nanochat.kernels.noise import MODES, ReleaseNoise, ReleaseSampler, philox, sampled_probability
+from tests.kernels.interpreter import run_interpreted
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -79,12 +77,7 @@ def test_philox_is_tritons_on_the_gpu():
 
 
 def test_philox_is_tritons_in_the_interpreter():
-    pytest.importorskip("triton")
-    code = "from tests.kernels.test_noise import check_triton_words; check_triton_words('cpu')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("from tests.kernels.test_noise import check_triton_words\ncheck_triton_words('cpu')")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -56,8 +56,9 @@ def compare(device, dtype, length, tick, dim, **options):
 
 
 def interpreted():
-    for length, tick in ((1, 8), (33, 1), (65, 8)):
-        compare("cpu", torch.float32, length, tick, 16)
+    compare("cpu", torch.float32, 1, 8, 16)
+    compare("cpu", torch.float32, 33, 1, 16)
+    compare("cpu", torch.float32, 65, 8, 16, heads=2, kv_heads=1)  # three tiles of queries and keys
     for options in list(OPTIONS.values())[1:]:
         compare("cpu", torch.float32, 25, 4, 16, heads=2, kv_heads=1, **options)
     compare("cpu", torch.float32, 40, 32, 32, heads=2, kv_heads=2)
