@@ -41,6 +41,9 @@ class TrainConfig:
         choices=knobs_of(GPTConfig)["init"].choices,
         off="standard",
     )
+    dropout: float = knob(
+        0.0, "share of what attention and MLP add to the residual stream that is zeroed in training", lo=0.0, hi=0.9, off=0.0
+    )
     num_experts: int | None = knob(
         None, "experts of every MLP at birth, beside the shared one; auto is 8 with --splitmerge_every, else none", lo=0, hi=4096, off=0
     )
@@ -220,6 +223,7 @@ def model_config(config: TrainConfig, vocab_size: int, bos_token_id: int) -> GPT
         doc_mask=config.doc_mask,
         backend=config.backend,
         init=config.init,
+        dropout=config.dropout,
         num_experts=config.num_experts or 0,
         moe_top_k=config.moe_top_k,
         expert_slots=config.expert_slots or 0,
