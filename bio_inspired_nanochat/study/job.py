@@ -104,9 +104,10 @@ def revision() -> str | None:
     """The git revision of this package's sources, with `+` when they were changed since; None outside of a repository."""
     here = Path(__file__).resolve().parent
     try:
-        options: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 20, "check": True}
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "."], **options).stdout.strip()
+        head, changed = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "."))
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")

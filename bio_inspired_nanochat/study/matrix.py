@@ -320,9 +320,9 @@ def build_matrix(sets: Sequence[str], options: Options | None = None) -> Matrix:
     for name in sets:
         if name not in SETS:
             raise UserError(f"sets={name!r} is not valid: one of {', '.join(SETS)}{nearest(name, SETS)}")
-    for name in SETS:
+    for name, fill in SETS.items():
         if name in sets:
-            SETS[name](matrix, options or Options())
+            fill(matrix, options or Options())
     return matrix
 
 

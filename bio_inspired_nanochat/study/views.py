@@ -9,6 +9,7 @@ worse than a run planned for that budget would: where the difference matters, co
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -114,4 +115,4 @@ def _variance_about_trend(values: Sequence[float]) -> float | None:
     """Half the mean squared difference of neighbours (von Neumann 1941): a variance that a slow trend does not raise."""
     if len(values) < 3:
         return None
-    return sum((b - a) ** 2 for a, b in zip(values, values[1:], strict=False)) / (2 * (len(values) - 1))
+    return sum((b - a) ** 2 for a, b in itertools.pairwise(values)) / (2 * (len(values) - 1))
