@@ -42,6 +42,15 @@ class GPTConfig:
     moe_top_k: int = knob(2, "experts that a token visits beside the shared one", lo=1, hi=64)
     expert_slots: int = knob(0, "places for experts, living and dead; 0 is num_experts", lo=0, hi=8192)
     expert_ratio: int = knob(2, "hidden units of an expert, as a multiple of n_embd (the shared one has mlp_ratio)", lo=1, hi=64)
+    dropout: float = knob(
+        0.0,
+        "share of what attention and MLP add to the residual stream that is zeroed in training",
+        lo=0.0,
+        hi=0.9,
+        off=0.0,
+        source="dropout (Srivastava et al. 2014), as a baseline without biology",
+        training_only=True,
+    )
     synapses: bool = knob(False, "replace every attention layer by a synaptic one", off=False)
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
 

@@ -53,6 +53,7 @@ class Block(nn.Module):
         self.mlp = (SynapticMoE if config.num_experts else SynapticMLP if config.synapses else MLP)(config)
         alternate = (config.n_layer - 1 - layer) % 2 == 0
         self.value_embed = ValueEmbedding(config) if config.value_embeds and alternate else None
+        self.dropout = config.dropout
 
     def fast_layers(self) -> dict[str, SynapticLinear]:
         """The projections that carry fast weights, by their name in `LayerState.fast`."""
@@ -68,8 +69,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], extras: Extras) -> Tensor:
         """Whole sequences: x and x0 [B, T, n_embd], scales [2] of the two, idx [B, T]."""
         x, normed, value_embed = self._enter(x, x0, scales, idx)
-        x = x + self.attn(normed, cos_sin, value_embed, extras)
-        return x + self.mlp(rms_norm(x), extras)
+        x = x + self._dropped(self.attn(normed, cos_sin, value_embed, extras))
+        return x + self._dropped(self.mlp(rms_norm(x), extras))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """In training an addition to the residual stream with a share of its values zeroed and the others scaled up."""
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def step(
         self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], state: LayerState, chunk: Arrival

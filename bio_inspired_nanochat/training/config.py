@@ -41,6 +41,9 @@ class TrainConfig:
         choices=knobs_of(GPTConfig)["init"].choices,
         off="standard",
     )
+    dropout: float = knob(
+        0.0, "share of what attention and MLP add to the residual stream that is zeroed in training", lo=0.0, hi=0.9, off=0.0
+    )
     mlp_ratio: int = knob(4, "hidden units of an MLP, as a multiple of n_embd", lo=1, hi=64)
     num_experts: int | None = knob(
         None, "experts of every MLP at birth, beside the shared one; auto is 8 with --splitmerge_every, else none", lo=0, hi=4096, off=0
@@ -222,6 +225,7 @@ def model_config(config: TrainConfig, vocab_size: int, bos_token_id: int) -> GPT
         backend=config.backend,
         init=config.init,
         mlp_ratio=config.mlp_ratio,
+        dropout=config.dropout,
         num_experts=config.num_experts or 0,
         moe_top_k=config.moe_top_k,
         expert_slots=config.expert_slots or 0,

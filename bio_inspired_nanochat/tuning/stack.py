@@ -54,6 +54,8 @@ def obstacle(config: GPTConfig) -> str | None:
     syn = config.syn_cfg
     if config.num_experts:
         return "experts route tokens by statistics of one model"
+    if config.dropout:
+        return "dropout is drawn by the blocks of one model"
     if config.doc_mask:
         return "documents are kept apart by one mask for all"
     if config.synapses and syn.presyn and syn.genome != "direct":

@@ -1,0 +1,131 @@
+"""One run of a matrix as a process of its own: train, evaluate, write `record.json`. What goes wrong here ends no other run.
+
+    python -m bio_inspired_nanochat.study.job FOLDER
+
+FOLDER holds `job.json`, written by the queue. Exit code 0: the record is there; STOPPED: a signal ended it, it can be started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bio_inspired_nanochat.common import pick_device, say, write_atomic
+from bio_inspired_nanochat.config import from_dict, to_dict
+from bio_inspired_nanochat.data import DataSource, resolve_data
+from bio_inspired_nanochat.errors import UserError, exit_on_user_error
+from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.study.views import events, read_curve, step_variances
+from bio_inspired_nanochat.tokenizer import Tokenizer
+from bio_inspired_nanochat.training import TrainConfig
+from bio_inspired_nanochat.training.plan import given_fields
+from bio_inspired_nanochat.training.run import prepare, run_job
+
+STOPPED = 75
+OF_TRAINING = ("val_loss", "val_bpb", "final_loss", "tok_per_s", "peak_memory_gib", "seconds")
+
+
+def run(folder: Path) -> int:
+    """Do the run of a folder; its exit code. Raises UserError for what the user can fix and for data that are not those of the plan."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    spec, began = job["run"], time.time()
+    shutil.rmtree(folder / "train", ignore_errors=True)  # what an attempt before has left
+    places = {"log_dir": str(folder), "checkpoint_dir": str(folder / "checkpoints"), "run_name": "train"}
+    config = dataclasses.replace(from_dict(TrainConfig, spec["train"]), **places)
+    device, source = pick_device(config.device), resolve_data(config.data_dir, config.dataset)
+    if source.fingerprint != job["data"]["fingerprint"]:
+        raise UserError(
+            f"the text has changed since the plan ({source.fingerprint[:16]}, planned {job['data']['fingerprint'][:16]}): restore it"
+        )
+    result, done = run_job(config.run_name, device, lambda rank: prepare(config, device, rank, given_fields(config)), ())
+    if done is None or result["stopped"]:
+        return STOPPED
+    metrics = {name: result[name] for name in OF_TRAINING} | {"params": result["params"], "perplexity": _perplexity(result["val_loss"])}
+    log = Path(result["log_dir"]) / "metrics.jsonl"
+    metrics |= step_variances(log) | last_look(log)
+    metrics |= evaluated(done.model, job["evaluations"], done.tokenizer, source, job["evaluation_tokens"], done.plan.rows)
+    record = {
+        **{name: spec[name] for name in ("id", "key", "conditions", "depth", "seed", "flops_per_token")},
+        "tokens": result["tokens"],
+        "metrics": metrics,
+        "curve": dataclasses.asdict(read_curve(log, spec["flops_per_token"])),
+        "config": to_dict(config),
+        "digest": job["digest"],
+        "smoke": job["smoke"],
+        "data": job["data"],
+        "versions": versions(),
+        "git": revision(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "began": round(began, 1),
+        "ended": round(time.time(), 1),
+    }
+    write_atomic(folder / "record.json", json.dumps(_finite(record)) + "\n")
+    return 0
+
+
+def evaluated(
+    model: GPT, names: Sequence[str], tokenizer: Tokenizer, source: DataSource, tokens: int, rows: int
+) -> dict[str, float | None]:
+    """The metrics of the evaluation suite for a trained model; nothing where this package has no suite."""
+    if not names:
+        return {}
+    try:
+        from bio_inspired_nanochat.evaluation.suite import EvaluationSetting, evaluate
+    except ImportError:
+        say("notice: there is no evaluation suite: only what training measures is recorded")
+        return {}
+    return evaluate(model, names, EvaluationSetting(tokenizer=tokenizer, source=source, tokens=tokens, batch_size=rows))
+
+
+def last_look(log: Path) -> dict[str, float]:
+    """What the last look at experts saw, by tag."""
+    looks = [event for event in events(log) if event.get("kind") == "vitals"]
+    return {tag: value for tag, value in looks[-1]["values"].items() if tag.startswith("experts/") and value is not None} if looks else {}
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on beside this package."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def revision() -> str | None:
+    """The git revision of this package's sources, with `+` when they were changed since; None outside of a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "."))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(min(loss, 50.0))
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(run(Path(sys.argv[1])))

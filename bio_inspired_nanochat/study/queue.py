@@ -1,0 +1,261 @@
+"""The queue of a matrix: every run is a process of its own, and what is known about it lies in its folder.
+
+    runs/ID/record.json     the run is done: written whole, at its end
+    runs/ID/attempts.jsonl  one line per attempt that failed
+    runs/ID/lock            held by whoever works on it; the system frees it when that process ends, however it ends
+    runs/ID/log.txt         what the last attempt printed
+
+So several queues, on several GPUs, may share a folder, and one that was killed leaves nothing to clean up. A run that fails is tried once
+more, then it counts as failed and the others go on. SIGTERM and Ctrl-C end the runs in progress, which are done again later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bio_inspired_nanochat.common import say, write_atomic
+from bio_inspired_nanochat.config import knob
+from bio_inspired_nanochat.study.job import STOPPED
+from bio_inspired_nanochat.study.plan import FolderConfig, read_plan
+from bio_inspired_nanochat.training import guards
+
+ATTEMPTS = 2
+POLL = 0.05
+LAST_LINES = 12
+FIT = 1.1  # a run is started when this times its expected duration is left
+
+
+@dataclass(frozen=True)
+class RunConfig(FolderConfig):
+    """Do the runs of a plan that are not done yet, until all are or the time is up."""
+
+    budget_minutes: float = knob(0.0, "start no run that would not end within this time; 0 is no limit", lo=0.0, off=0.0, unit="minutes")
+    workers: int = knob(1, "runs at the same time, one per GPU where there are several", lo=1, hi=64)
+    run_minutes: float = knob(
+        0.0, "end a run that takes longer, as failed; 0 is ten times its expected duration, at least 30", lo=0.0, off=0.0
+    )
+    grace: float = knob(60.0, "time that a run has to end after a signal", lo=0.0, hi=3600.0, unit="seconds")
+
+
+@dataclass(frozen=True)
+class ResumeConfig(RunConfig):
+    """Go on with a queue that was stopped, killed or out of time; with retry_failed also with the runs that failed."""
+
+    retry_failed: bool = knob(False, "try failed runs anew", off=False)
+
+
+def work_command(folder: Path) -> list[str]:
+    """The command of a run."""
+    return [sys.executable, "-m", "bio_inspired_nanochat.study.job", str(folder)]
+
+
+class Queue:
+    """The runs of the plan in a folder. command: from a run's folder to the process that does it."""
+
+    def __init__(self, config: RunConfig, command: Callable[[Path], list[str]] = work_command) -> None:
+        self.config, self.command, self.folder = config, command, config.folder()
+        self.plan = read_plan(self.folder)
+        self.runs: list[dict[str, Any]] = self.plan["runs"]
+        self.began, self.stop = time.monotonic(), threading.Event()
+        self.lock = threading.Lock()
+        self.left_out: list[str] = []
+        self.new: list[str] = []
+
+    def place(self, run: Mapping[str, Any]) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / str(run["id"])
+
+    def status(self, run: Mapping[str, Any]) -> str:
+        """done, failed or waiting."""
+        if read_record(self.place(run)) is not None:
+            return "done"
+        return "failed" if len(read_attempts(self.place(run))) >= ATTEMPTS else "waiting"
+
+    def work(self) -> dict[str, Any]:
+        """Do what is left; returns the script's last line. After a signal it comes back when the runs in progress have ended."""
+        if isinstance(self.config, ResumeConfig) and self.config.retry_failed:
+            for run in self.runs:
+                if self.status(run) == "failed":
+                    (self.place(run) / "attempts.jsonl").unlink()
+        waiting = sum(self.status(run) == "waiting" for run in self.runs)
+        say(f"{waiting} of {len(self.runs)} runs are to do in {self.folder}{' (smoke)' if self.plan['smoke'] else ''}")
+        with guards.StopSignals(grace=24 * 3600.0) as signals:
+            threads = [threading.Thread(target=self._worker, args=(number,)) for number in range(self.config.workers)]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(POLL)
+                if signals.received and not self.stop.is_set():
+                    say(f"notice: {signals.received}: the runs in progress end here and will be done again by `eval_matrix resume`")
+                    self.stop.set()
+        return self.summary(signals.received)
+
+    def summary(self, stopped: str = "") -> dict[str, Any]:
+        """How far the queue is."""
+        states = [self.status(run) for run in self.runs]
+        failed = {run["id"]: read_attempts(self.place(run))[-1] for run, state in zip(self.runs, states, strict=True) if state == "failed"}
+        for name, attempt in failed.items():
+            say(f"failed: {name}: {attempt['why']}: {' | '.join(attempt['last_lines'][-2:])}")
+        return {
+            "runs": len(states),
+            "done": states.count("done"),
+            "new": len(self.new),
+            "failed": sorted(failed),
+            "waiting": states.count("waiting"),
+            "left_out": len(self.left_out),
+            "stopped": stopped or None,
+            "smoke": self.plan["smoke"],
+            "minutes": round((time.monotonic() - self.began) / 60, 3),
+            "out": str(self.folder),
+        }
+
+    def _worker(self, number: int) -> None:
+        for run in self.runs:
+            for _ in range(ATTEMPTS):
+                if self.stop.is_set() or self.status(run) != "waiting":
+                    break
+                self.place(run).mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self.place(run) / "lock", timeout=0)
+                try:
+                    with lock:
+                        if self.status(run) != "waiting":
+                            break
+                        if not self._fits(run):
+                            with self.lock:
+                                self.left_out.append(run["id"])
+                            break
+                        self._attempt(run, number)
+                except Timeout:  # somebody else works on it
+                    break
+
+    def expected(self, run: Mapping[str, Any]) -> float:
+        """Seconds that a run should take: as its condition took at other seeds, else at this depth the plan's estimate times how far
+        that was off so far."""
+        same, ratios = [], []
+        for other in self.runs:
+            record = read_record(self.place(other)) if other["depth"] == run["depth"] else None
+            if record is not None:
+                took = record["ended"] - record["began"]
+                ratios.append(took / max(other["seconds"], 1e-9))
+                if set(other["conditions"]) & set(run["conditions"]):
+                    same.append(took)
+        return max(same) if same else run["seconds"] * (max(ratios) if ratios else 1.0)
+
+    def _fits(self, run: Mapping[str, Any]) -> bool:
+        budget = 60 * self.config.budget_minutes
+        return not budget or time.monotonic() - self.began + FIT * self.expected(run) <= budget
+
+    def _attempt(self, run: Mapping[str, Any], worker: int) -> None:
+        folder, plan = self.place(run), self.plan
+        write_atomic(folder / "job.json", json.dumps({"run": run, **{name: plan[name] for name in JOB}}) + "\n")
+        limit = 60 * self.config.run_minutes or max(1800.0, 10 * self.expected(run))
+        began = time.monotonic()
+        with open(folder / "log.txt", "wb") as log:
+            process = subprocess.Popen(
+                self.command(folder),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(worker),
+                start_new_session=True,  # Ctrl-C comes to this process alone, which ends its runs in order
+            )
+            why = self._wait(process, began + limit)
+        if (record := read_record(folder)) is not None:
+            with self.lock:
+                self.new.append(str(run["id"]))
+            loss = record["metrics"].get("val_loss")
+            say(f"{run['id']}: done in {time.monotonic() - began:.0f} s" + ("" if loss is None else f", validation loss {loss:.4f}"))
+        elif not self.stop.is_set() and process.returncode != STOPPED:
+            attempt = {"why": why or f"exit code {process.returncode} without a record", "last_lines": tail(folder / "log.txt")}
+            attempt["seconds"] = round(time.monotonic() - began, 1)
+            with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(attempt) + "\n")
+            say(f"notice: {run['id']}: {attempt['why']}; its last lines are in {folder / 'attempts.jsonl'}")
+        elif not self.stop.is_set():  # somebody stopped this run alone: leave it for later
+            self.stop.set()
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> str:
+        """Until the process ends, is too late or has to stop; why it was ended, or nothing."""
+        while process.poll() is None:
+            late = time.monotonic() > deadline
+            if late or self.stop.is_set():
+                self._end(process)
+                return "took too long" if late else "stopped"
+            time.sleep(POLL)
+        return ""
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """First ask, then kill, the process and what it has started."""
+        for number, seconds in ((signal.SIGTERM, self.config.grace), (signal.SIGKILL, 30.0)):
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                pass
+            try:
+                process.wait(seconds)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+
+JOB = ("data", "digest", "smoke", "evaluations", "evaluation_tokens")
+
+
+def _environment(worker: int) -> dict[str, str]:
+    """The environment of a run: this package first on the path, and one GPU for each worker where there are several."""
+    root = str(Path(__file__).resolve().parents[2])
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    if not visible and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        import torch  # imported late: a queue of one GPU needs no CUDA context of its own
+
+        visible = [str(i) for i in range(torch.cuda.device_count())]
+    if len(visible) > 1:
+        found["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)]
+    return found
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a run, or None while it has none. It was renamed into place whole."""
+    try:
+        return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """The failed attempts of a run; a line that a crash has cut off is left out."""
+    found = []
+    try:
+        lines = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def tail(path: Path) -> list[str]:
+    """The last lines of a log."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+
+
+def run_queue(config: RunConfig, command: Callable[[Path], list[str]] = work_command) -> dict[str, Any]:
+    """Do the runs of the plan in a folder; returns the script's last line. Raises UserError without a plan or with a changed one."""
+    return Queue(config, command).work()

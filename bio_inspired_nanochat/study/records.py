@@ -1,0 +1,125 @@
+"""The records of a matrix as values by depth, metric, condition and seed; which of them count, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.study.plan import FEWEST_SEEDS, fewest_tokens
+from bio_inspired_nanochat.study.queue import read_attempts, read_record
+from bio_inspired_nanochat.study.views import VIEWS, Curve, meet
+
+# depth -> metric -> condition -> seed -> (value, id of the run)
+ByDepth = dict[int, dict[str, dict[str, dict[int, tuple[float, str]]]]]
+
+
+@dataclass
+class Records:
+    """What the runs of a plan have left.
+
+    counted: records that may enter a table; apart: (run, reason) of those that may not; missing: ids of runs without a record;
+    failed: the last attempt of runs that failed, by id; notices: what a reader should know about the counted ones.
+    """
+
+    counted: list[dict[str, Any]] = field(default_factory=list)
+    apart: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def values(self) -> ByDepth:
+        """Everything that was measured, by depth, metric, condition and seed."""
+        found: ByDepth = {}
+        for record in self.counted:
+            metrics = dict(record["metrics"])
+            if metrics.get("tok_per_s"):
+                metrics["seconds_per_token"] = 1 / metrics["tok_per_s"]
+            by_metric = found.setdefault(record["depth"], {})
+            for name, value in metrics.items():
+                if value is None:
+                    continue
+                for condition in record["conditions"]:
+                    by_metric.setdefault(name, {}).setdefault(condition, {})[record["seed"]] = (float(value), record["id"])
+        return found
+
+    def curves(self) -> dict[tuple[int, str, int], Curve]:
+        """Loss curves by depth, condition and seed."""
+        return {(one["depth"], name, one["seed"]): curve_of(one) for one in self.counted for name in one["conditions"]}
+
+
+def curve_of(record: Mapping[str, Any]) -> Curve:
+    """The curve in a record."""
+    return Curve(**{name: tuple(values) for name, values in record["curve"].items()})
+
+
+def collect(folder: Path, plan: Mapping[str, Any]) -> Records:
+    """Read the records of a plan's runs. Raises UserError for a record that was made under another rule, plan or text."""
+    found = Records()
+    done: list[dict[str, Any]] = []
+    for run in plan["runs"]:
+        place = folder / "runs" / run["id"]
+        record = read_record(place)
+        if record is None:
+            attempts = read_attempts(place)
+            if attempts:
+                found.failed[run["id"]] = attempts[-1]
+            found.missing.append(run["id"])
+            continue
+        if record["digest"] != plan["digest"]:
+            raise UserError(
+                f"run {run['id']} was made under another rule or plan (digest {record['digest']}, now {plan['digest']}): "
+                "rule and comparisons may not change after the runs; use the plan of the runs, or do them anew in another folder"
+            )
+        if record["key"] != run["key"] or record["data"] != plan["data"]:
+            raise UserError(f"run {run['id']} was trained with other settings or text than the plan's: move its folder away and resume")
+        done.append({**record, "conditions": run["conditions"]})
+    _count(found, done, smoke=plan["smoke"])
+    for what in ("device", "git"):
+        kinds = sorted({str(one[what]) for one in found.counted})
+        if len(kinds) > 1:
+            found.notices.append(f"the runs differ in {what}: {', '.join(kinds)}")
+    kinds = sorted({str(one["versions"]) for one in found.counted})
+    if len(kinds) > 1:
+        found.notices.append(f"the runs differ in versions: {'; '.join(kinds)}")
+    return found
+
+
+def _count(found: Records, done: Iterable[dict[str, Any]], smoke: bool) -> None:
+    """Sort records into those that count and those that are listed apart."""
+    large = []
+    for record in done:
+        least = fewest_tokens(record["depth"])
+        if not smoke and record["tokens"] < least:
+            found.apart.append((record, f"{record['tokens']:,} tokens, below {least:,} of depth {record['depth']}"))
+        elif record["metrics"].get("val_loss") is None:
+            found.apart.append((record, "no validation loss"))
+        else:
+            large.append(record)
+    seeds: dict[tuple[int, str], set[int]] = {}
+    for record in large:
+        for name in record["conditions"]:
+            seeds.setdefault((record["depth"], name), set()).add(record["seed"])
+    for record in large:
+        most = max(len(seeds[record["depth"], name]) for name in record["conditions"])
+        if most < FEWEST_SEEDS:
+            found.apart.append((record, f"{most} of {FEWEST_SEEDS} seeds"))
+        else:
+            found.counted.append(record)
+
+
+def viewed(
+    curves: Mapping[tuple[int, str, int], Curve], depth: int, condition: str, reference: str, view: str
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses of both sides by seed where both have spent the same; seeds at which they do not meet are left out."""
+    assert view in VIEWS
+    ours: dict[int, float] = {}
+    theirs: dict[int, float] = {}
+    for at, name, seed in curves:
+        if at == depth and name == condition and (depth, reference, seed) in curves:
+            met = meet(view, curves[depth, condition, seed], curves[depth, reference, seed])
+            if met is not None:
+                _, ours[seed], theirs[seed] = met
+    return ours, theirs

@@ -1,0 +1,271 @@
+"""The report of a matrix: Markdown tables, plots, CSV and JSON small enough to commit, negative results included."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bio_inspired_nanochat.common import say, table, write_atomic
+from bio_inspired_nanochat.config import knob
+from bio_inspired_nanochat.errors import UserError, damaged_file
+from bio_inspired_nanochat.registry import markdown_table
+from bio_inspired_nanochat.study.plan import FolderConfig, fewest_tokens, read_plan
+from bio_inspired_nanochat.study.plots import draw_curves, draw_differences
+from bio_inspired_nanochat.study.predictions import PREDICTIONS
+from bio_inspired_nanochat.study.records import ByDepth, Records, collect, viewed
+from bio_inspired_nanochat.study.scorecard import VERDICTS, Score, score
+from bio_inspired_nanochat.study.statistics import Paired, Rule, judge, paired
+from bio_inspired_nanochat.study.views import VIEWS
+
+HEADLINE = "val_loss"
+MARK = "**Smoke test of the machinery: not a result.**\n\n"
+
+
+@dataclass(frozen=True)
+class ReportConfig(FolderConfig):
+    """Tables, plots and scorecard of what was run; what may not enter a table is listed apart."""
+
+    bench: str | None = knob(None, "record of `bench_kernels --json=FILE`, for the prediction about its kernels", path="file", none="none")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison of one quantity at one depth. metric: its name, or `view.tokens`, `view.flops`, `view.seconds`."""
+
+    set: str
+    depth: int
+    condition: str
+    reference: str
+    what: str
+    metric: str
+    result: Paired
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Write report.md, comparisons.csv, runs.csv, scorecard.json and plots into `report/` of the folder; returns the script's last line.
+
+    Raises UserError without a plan, and for records of another rule, plan or text.
+    """
+    folder = config.folder()
+    plan = read_plan(folder)
+    rule, records, facts = Rule(**plan["rule"]), collect(folder, plan), kernel_facts(config.bench)
+    values = records.values()
+    lines = compare(plan, records, values, rule)
+    scores = score(values, plan["aliases"], rule, facts)
+    out = folder / "report"
+    try:
+        _write(out, plan, records, lines, scores)
+    except OSError as error:
+        raise UserError(f"out={str(folder)!r} cannot be written ({error.strerror}): make it writable") from None
+    headline = [line for line in lines if line.metric == HEADLINE]
+    shown = [(line.set, line.depth, line.what, _number(line.result.mean), line.result.verdict) for line in headline]
+    table(("set", "depth", "what differs", "nats", "by the rule"), shown)
+    counts = {verdict: sum(one.verdict == verdict for one in scores) for verdict in VERDICTS}
+    say(f"{len(records.counted)} runs count, {len(records.apart)} are listed apart, {len(records.missing)} are missing")
+    return {
+        "report": str(out / "report.md"),
+        "smoke": plan["smoke"],
+        "runs": len(plan["runs"]),
+        "counted": len(records.counted),
+        "apart": len(records.apart),
+        "missing": len(records.missing),
+        "failed": sorted(records.failed),
+        "comparisons": len(headline),
+        "decided": sum(line.result.verdict in ("lower", "higher") for line in headline),
+        "scorecard": counts,
+    }
+
+
+def compare(plan: Mapping[str, Any], records: Records, values: ByDepth, rule: Rule) -> list[Line]:
+    """Every comparison of the plan in every metric and view; a family for Holm's correction is a metric or view, a depth and a set."""
+    curves, found = records.curves(), []
+    sets = list(dict.fromkeys(one["set"] for one in plan["comparisons"]))
+    for depth, by_metric in sorted(values.items()):
+        quantities = [HEADLINE, *(f"view.{view}" for view in VIEWS), *sorted(set(by_metric) - {HEADLINE})]
+        for quantity in quantities:
+            for name in sets:
+                family = []
+                for one in (one for one in plan["comparisons"] if one["set"] == name):
+                    if quantity.startswith("view."):
+                        sides = viewed(curves, depth, one["condition"], one["reference"], quantity.removeprefix("view."))
+                    else:
+                        sides = tuple(
+                            {seed: value for seed, (value, _) in by_metric[quantity].get(one[side], {}).items()}
+                            for side in ("condition", "reference")
+                        )
+                    if sides[0] and sides[1]:
+                        family.append((one, paired(*sides, rule)))
+                judged = judge([result for _, result in family], rule)
+                found += [Line(depth=depth, metric=quantity, result=result, **one) for (one, _), result in zip(family, judged, strict=True)]
+    return found
+
+
+def kernel_facts(path: str | None) -> dict[str, tuple[float, str]]:
+    """`kernel.forward_gain`: 1 - forward time of `fused` over that of `triton`, from the record of bench_kernels, at the largest context up
+    to 2048 that has both. Raises UserError for a file that is no such record."""
+    if path is None:
+        return {}
+    with damaged_file(path, "give the file that `bench_kernels --json=FILE` wrote"):
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        cells: dict[tuple[int, int, int], dict[str, float]] = {}
+        for row in rows:
+            if row.get("forward_ms") and row["backend"] in ("fused", "triton") and row["context"] <= 2048:
+                cells.setdefault((row["context"], row["head_dim"], row["tick"]), {})[row["backend"]] = row["forward_ms"]
+        both = {cell: times for cell, times in cells.items() if len(times) == 2}
+        if not both:
+            return {}
+        cell = max(both)
+        return {"kernel.forward_gain": (1 - both[cell]["fused"] / both[cell]["triton"], f"{path}: T={cell[0]}, D={cell[1]}, c={cell[2]}")}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------------------
+
+
+def _write(out: Path, plan: Mapping[str, Any], records: Records, lines: Sequence[Line], scores: Sequence[Score]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    mark = "SMOKE TEST, " if plan["smoke"] else ""
+    depths, sets = sorted({line.depth for line in lines}), list(dict.fromkeys(line.set for line in lines))
+    pictures = []
+    for depth in depths:
+        for name in sets:
+            rows = [(line.what, line.result) for line in lines if (line.depth, line.set, line.metric) == (depth, name, HEADLINE)]
+            if rows:
+                pictures.append(out / f"differences-d{depth}-{name}.png")
+                draw_differences(rows, f"{mark}{name}, depth {depth}", pictures[-1])
+        pictures.append(out / f"curves-d{depth}.png")
+        draw_curves(records.curves(), depth, list(plan["conditions"]), f"{mark}depth {depth}", pictures[-1])
+    pictures = [path for path in pictures if path.exists()]
+    write_atomic(out / "comparisons.csv", _comparisons_csv(lines))
+    write_atomic(out / "runs.csv", _runs_csv(records))
+    write_atomic(out / "scorecard.json", json.dumps(_scorecard_json(plan, records, scores), indent=1) + "\n")
+    write_atomic(out / "report.md", _markdown(plan, records, lines, scores, pictures))
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _markdown(plan: Mapping[str, Any], records: Records, lines: Sequence[Line], scores: Sequence[Score], pictures: Sequence[Path]) -> str:
+    parts = ["# Evaluation matrix\n\n", MARK if plan["smoke"] else ""]
+    rule = plan["rule"]
+    parts.append(
+        f"{len(records.counted)} runs count, {len(records.apart)} are listed apart, {len(records.missing)} are missing. Differences are condition "
+        f"minus reference in nats of validation loss, paired by seed; negative is better. The rule, fixed before the runs (digest {plan['digest']}): "
+        f"{rule['statement']}; here alpha = {rule['alpha']}, margin = {rule['margin']}, min_seeds = {rule['min_seeds']}. Equal FLOPs and equal time "
+        "compare losses where the shorter of both runs ends, the other's read from its curve, linear in the logarithm between evaluations. "
+        f"Detectable: the smallest difference found with power {rule['power']} at the seen spread, before Holm's correction.\n\n"
+    )
+    parts += [f"- notice: {line}\n" for line in records.notices] + (["\n"] if records.notices else [])
+    parts += [_set_table(lines, name, depth) for name, depth in dict.fromkeys((line.set, line.depth) for line in lines)]
+    parts.append("## Scorecard\n\n" + _score_table(scores))
+    parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
+    parts.append("\n## Listed apart\n\n")
+    apart = [(record["id"], reason, _number(record["metrics"].get(HEADLINE))) for record, reason in records.apart]
+    apart += [(name, f"failed: {attempt['why']}", "–") for name, attempt in records.failed.items()]
+    parts.append(markdown_table(apart, ["run", "why", "validation loss"]) if apart else "Nothing.\n")
+    least = ", ".join(f"{fewest_tokens(depth):,} at depth {depth}" for depth in sorted({run["depth"] for run in plan["runs"]}))
+    parts.append(f"\nNo table holds runs of fewer tokens than {least}, or conditions of fewer than {rule['min_seeds']} seeds.\n")
+    return "".join(parts)
+
+
+def _set_table(lines: Sequence[Line], name: str, depth: int) -> str:
+    by = {
+        (line.what, line.condition, line.reference, line.metric): line.result for line in lines if (line.set, line.depth) == (name, depth)
+    }
+    rows = []
+    for (what, condition, reference, metric), one in by.items():
+        if metric != HEADLINE:
+            continue
+        views = [by.get((what, condition, reference, f"view.{view}")) for view in VIEWS[1:]]
+        interval = "–" if one.low is None else f"{one.low:+.4f} … {one.high:+.4f}"
+        tests = (_p(one.p_t), _p(one.p_holm), _p(one.p_wilcoxon), _number(one.g_z, 2), _p(one.detectable))
+        seen = [f"{_number(view.mean)} ({view.verdict})" if view else "–" for view in views]
+        rows.append((what, f"{condition} − {reference}", len(one.seeds), _number(one.mean), interval, *tests, one.verdict, *seen))
+    if not rows:
+        return ""
+    columns = [
+        "what differs",
+        "difference",
+        "seeds",
+        "nats",
+        "interval",
+        "p (t)",
+        "p (Holm)",
+        "p (Wilcoxon)",
+        "g_z",
+        "detectable",
+        "by the rule",
+    ]
+    return f"## {name}, depth {depth}\n\n" + markdown_table(rows, [*columns, "equal FLOPs", "equal time"]) + "\n"
+
+
+def _score_table(scores: Sequence[Score]) -> str:
+    known = {one.id: one for one in PREDICTIONS}
+    rows = []
+    for one in scores:
+        prediction = known[one.id]
+        notes = prediction.source + (f". Ours: {prediction.ours}" if prediction.ours else "")
+        runs = ", ".join(one.runs) or "–"
+        rows.append((prediction.statement, "–" if one.depth is None else one.depth, one.verdict, one.why, notes, runs))
+    return markdown_table(rows, ["prediction", "depth", "verdict", "found", "thresholds", "decided by"]) + "\n"
+
+
+def _scorecard_json(plan: Mapping[str, Any], records: Records, scores: Sequence[Score]) -> dict[str, Any]:
+    return {
+        "smoke": plan["smoke"],
+        "digest": plan["digest"],
+        "rule": plan["rule"],
+        "data": plan["data"],
+        "matches": plan["matches"],
+        "predictions": {one.id: {"statement": one.statement, "source": one.source, "ours": one.ours} for one in PREDICTIONS},
+        "scores": [one.record() for one in scores],
+        "apart": [{"run": record["id"], "why": reason} for record, reason in records.apart],
+        "missing": records.missing,
+        "failed": {
+            name: {"why": attempt["why"], "last_line": (attempt["last_lines"] or [""])[-1]} for name, attempt in records.failed.items()
+        },
+    }
+
+
+def _comparisons_csv(lines: Sequence[Line]) -> str:
+    names = ("mean", "sd", "low", "high", "p_t", "p_holm", "p_wilcoxon", "d_z", "g_z", "detectable")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["set", "depth", "metric", "condition", "reference", "what", "seeds", *names, "verdict"])
+    for line in lines:
+        numbers = ["" if getattr(line.result, name) is None else f"{getattr(line.result, name):.6g}" for name in names]
+        seeds = " ".join(map(str, line.result.seeds))
+        writer.writerow(
+            [line.set, line.depth, line.metric, line.condition, line.reference, line.what, seeds, *numbers, line.result.verdict]
+        )
+    return file.getvalue()
+
+
+def _runs_csv(records: Records) -> str:
+    every = [(record, "") for record in records.counted] + list(records.apart)
+    metrics = sorted({name for record, _ in every for name in record["metrics"]})
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", "conditions", "depth", "seed", "tokens", "device", "git", "apart", *metrics])
+    for record, reason in every:
+        numbers = ["" if record["metrics"].get(name) is None else f"{record['metrics'][name]:.6g}" for name in metrics]
+        about = (
+            record["id"],
+            " ".join(record["conditions"]),
+            record["depth"],
+            record["seed"],
+            record["tokens"],
+            record["device"],
+            record["git"],
+        )
+        writer.writerow([*about, reason, *numbers])
+    return file.getvalue()
