@@ -131,6 +131,24 @@ TINY |= {
     "scripts.tune_bio_params report": {},
     "scripts.tune_bio_params best": {"confirm_seeds": 2, "device": "cpu"},
 }
+TINY |= {
+    "scripts.eval_matrix plan": {
+        **{name: TRAINING[name] for name in ("n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
+        "sets": "anchors",
+        "conditions": "vanilla,default",
+        "depths": 2,
+        "seeds": 0,
+        "tokens": 256,
+        "total_batch_size": 128,
+        "eval_tokens": 128,
+        "tok_per_s": 1000,
+        "evaluations": "",
+        "smoke": 1,
+    },
+    "scripts.eval_matrix run": {},
+    "scripts.eval_matrix resume": {},
+    "scripts.eval_matrix report": {},
+}
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # set by torchrun, not by people
 
 

@@ -22,7 +22,7 @@ from bio_inspired_nanochat.common import base_dir, pick_device, say, table, writ
 from bio_inspired_nanochat.config import from_dict, knob, knobs_of, to_dict, validate
 from bio_inspired_nanochat.data import ensure_tokenizer, resolve_data
 from bio_inspired_nanochat.errors import UserError, damaged_file
-from bio_inspired_nanochat.registry import active_mechanisms
+from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms
 from bio_inspired_nanochat.study.matrix import AUTO, LIFE_CYCLES, PAIR_OF, SETS, Condition, Matrix, Options, build_matrix, subset
 from bio_inspired_nanochat.study.statistics import Rule, digest
 from bio_inspired_nanochat.training import TrainConfig
@@ -34,6 +34,7 @@ VERSION = 1
 TOLERANCE = 0.02  # of a match of parameters or FLOPs
 EVALUATIONS = 16  # points of a loss curve
 FEWEST_SEEDS = 3
+CORE = {"presyn", "slow_sensor", "bias_limit", "barrier_gated", "barrier_linear"}  # what one operator serves on CUDA
 # Fields of training that a plan gives to all runs.
 SHARED = (
     *("n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "total_batch_size", "eval_tokens"),
@@ -230,8 +231,8 @@ def _kind(cell: Cell) -> str:
     experts = " with experts" if model.num_experts else ""
     if not model.synapses:
         return "vanilla" + experts
-    normal = {"presyn", "slow_sensor", "bias_limit", "barrier_gated", "barrier_linear"}
-    return ("core" if {*active_mechanisms(model.syn_cfg)} <= normal or experts else "other synapses") + experts
+    on = {name for name in active_mechanisms(model.syn_cfg) if experts or not MECHANISMS[name].experts}
+    return ("core" if on <= CORE else "other synapses") + experts
 
 
 def _rates(config: PlanConfig, cells: list[Cell], device: torch.device) -> dict[str, float]:

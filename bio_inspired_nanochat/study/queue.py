@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from bio_inspired_nanochat.common import say, write_atomic
@@ -216,13 +217,11 @@ JOB = ("data", "digest", "smoke", "evaluations", "evaluation_tokens")
 
 def _environment(worker: int) -> dict[str, str]:
     """The environment of a run: this package first on the path, and one GPU for each worker where there are several."""
+    found = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-    if not visible and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        import torch  # imported late: a queue of one GPU needs no CUDA context of its own
-
-        visible = [str(i) for i in range(torch.cuda.device_count())]
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
+    named = found.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named is not None else [str(i) for i in range(torch.cuda.device_count())]
     if len(visible) > 1:
         found["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)]
     return found

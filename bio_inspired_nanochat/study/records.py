@@ -12,6 +12,7 @@ from bio_inspired_nanochat.study.plan import FEWEST_SEEDS, fewest_tokens
 from bio_inspired_nanochat.study.queue import read_attempts, read_record
 from bio_inspired_nanochat.study.views import VIEWS, Curve, meet
 
+DIVERGED = "training diverged"  # what a run says whose loss or weights are not finite, or jump (see `training.faults.diverged`)
 # depth -> metric -> condition -> seed -> (value, id of the run)
 ByDepth = dict[int, dict[str, dict[str, dict[int, tuple[float, str]]]]]
 
@@ -29,6 +30,17 @@ class Records:
     missing: list[str] = field(default_factory=list)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+    def diverged(self, plan: Mapping[str, Any]) -> dict[tuple[int, str], list[str]]:
+        """Ids of runs of a countable size whose training diverged, by depth and condition."""
+        found: dict[tuple[int, str], list[str]] = {}
+        for run in plan["runs"]:
+            attempt = self.failed.get(run["id"])
+            large = plan["smoke"] or run["tokens"] >= fewest_tokens(run["depth"])
+            if attempt and large and any(DIVERGED in line for line in attempt["last_lines"]):
+                for name in run["conditions"]:
+                    found.setdefault((run["depth"], name), []).append(run["id"])
+        return found
 
     def values(self) -> ByDepth:
         """Everything that was measured, by depth, metric, condition and seed."""

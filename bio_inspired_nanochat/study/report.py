@@ -56,7 +56,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     rule, records, facts = Rule(**plan["rule"]), collect(folder, plan), kernel_facts(config.bench)
     values = records.values()
     lines = compare(plan, records, values, rule)
-    scores = score(values, plan["aliases"], rule, facts)
+    scores = score(values, plan["aliases"], rule, facts, diverged=records.diverged(plan))
     out = folder / "report"
     try:
         _write(out, plan, records, lines, scores)

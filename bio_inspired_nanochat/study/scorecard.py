@@ -51,15 +51,23 @@ def score(
     rule: Rule,
     facts: Mapping[str, tuple[float, str]] | None = None,
     predictions: Sequence[Prediction] = PREDICTIONS,
+    diverged: Mapping[tuple[int, str], Sequence[str]] | None = None,
 ) -> list[Score]:
     """Judge every prediction at every depth. values: by depth, of runs that may enter a table; aliases: names of conditions to those in
-    `values`; facts: measurements that no run of the matrix makes, as name -> (value, where it is from)."""
+    `values`; facts: measurements that no run of the matrix makes, as name -> (value, where it is from); diverged: runs whose training
+    diverged, by depth and condition, which is a failure of whatever was predicted of that condition."""
     found = []
     for one in predictions:
         if one.condition is None and not one.series:
             found.append(_of_fact(one, facts or {}))
             continue
-        tried = [_at_depth(one, depth, _Look(values[depth], aliases, rule)) for depth in sorted(values)]
+        tried = []
+        for depth in sorted({*values, *(at for at, _ in diverged or {})}):
+            lost = (diverged or {}).get((depth, aliases.get(str(one.condition), str(one.condition))))
+            if lost:
+                tried.append(Score(one.id, depth, "failure", None, "", f"training of {one.condition} diverged", tuple(lost)))
+            else:
+                tried.append(_at_depth(one, depth, _Look(values.get(depth, {}), aliases, rule)))
         found += tried or [Score(one.id, None, "not measured", None, "", "no run is large enough to count")]
     return found
 
@@ -171,7 +179,7 @@ def _by_rule(one: Prediction, look: _Look) -> Verdict:
     metric, ours, theirs = look.both(one)
     (found,) = judge([paired(ours, theirs, look.rule)], look.rule)
     if one.better == "not higher":
-        verdict = "failure" if found.verdict == "higher" else "success" if (found.high or 0.0) < ALIKE else "neutral"
+        verdict = "success" if (found.high or 0.0) < ALIKE else "failure" if found.verdict == "higher" else "neutral"
     else:
         worse = {"higher": "lower", "lower": "higher"}[one.better]
         verdict = {one.better: "success", worse: "failure"}.get(found.verdict, "neutral")

@@ -11,6 +11,7 @@ S seeds.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -136,15 +137,21 @@ def hedges_factor(dof: int) -> float:
 
 def detectable(sd: float, n: int, rule: Rule) -> float:
     """Smallest true mean difference that a two-sided paired t test of n differences of standard deviation sd finds with `rule.power`."""
+    return _detectable_shift(n, rule.alpha, rule.power) * sd / math.sqrt(n)
+
+
+@functools.cache
+def _detectable_shift(n: int, alpha: float, power: float) -> float:
+    """Noncentrality at which |t| with n - 1 degrees of freedom exceeds its critical value with that power. The side away from the shift,
+    which holds less than alpha / 2, is left out: its distribution is not computed reliably far out, and power is never overstated by it."""
     stats = scipy_stats()
     from scipy.optimize import brentq
 
-    limit = stats.t.ppf(1 - rule.alpha / 2, n - 1)
-
-    def missing(shift: float) -> float:
-        return stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift) - rule.power
-
-    return float(brentq(missing, 1e-6, 50.0 + 10 * limit)) * sd / math.sqrt(n)
+    limit = stats.t.ppf(1 - alpha / 2, n - 1)
+    high = float(limit)
+    while stats.nct.sf(limit, n - 1, high) < power:
+        high *= 1.5
+    return float(brentq(lambda shift: stats.nct.sf(limit, n - 1, shift) - power, 0.0, high))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -1,0 +1,128 @@
+"""The queue: crashes, signals, budgets and several workers, with runs that only pretend; and one real run of two conditions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bio_inspired_nanochat.study.queue import Queue, ResumeConfig, RunConfig, read_attempts, run_queue
+from scripts import eval_matrix
+from tests.study.planned import HONEST, TINY, plan, pretend, started
+
+CRASH = "def behave(run):\n    if run['conditions'] == ['default'] and run['seed'] == 1:\n        sys.exit('no luck')\n"
+ONCE = "def behave(run):\n    if len(open(folder + '/started').read()) == 1 and run['seed'] == 2:\n        os.kill(os.getpid(), 9)\n    return honest(run)"
+
+
+def honest(tail: str) -> str:
+    """A behaviour that falls back on the honest one."""
+    return HONEST.replace("def behave", "def honest") + tail
+
+
+def test_all_runs_are_done_once_and_recorded_whole(tmp_path: Path) -> None:
+    plan(tmp_path)
+    said = run_queue(RunConfig(out=str(tmp_path), workers=3), pretend())
+    assert (said["done"], said["new"], said["waiting"], said["failed"], said["smoke"]) == (9, 9, 0, [], True)
+    assert set(started(tmp_path).values()) == {1} and len(started(tmp_path)) == 9
+    again = run_queue(ResumeConfig(out=str(tmp_path)), pretend())
+    assert (again["done"], again["new"]) == (9, 0) and set(started(tmp_path).values()) == {1}
+
+
+def test_a_run_that_crashes_is_tried_again_and_costs_no_other(tmp_path: Path) -> None:
+    plan(tmp_path)
+    said = run_queue(RunConfig(out=str(tmp_path), workers=2), pretend(honest(CRASH + "    return honest(run)\n")))
+    assert said["done"] == 8 and said["failed"] == ["d2-default-s1"] and started(tmp_path)["d2-default-s1"] == 2
+    attempts = read_attempts(tmp_path / "runs/d2-default-s1")
+    assert [one["why"] for one in attempts] == ["exit code 1 without a record"] * 2 and attempts[0]["last_lines"][-1] == "no luck"
+    assert run_queue(ResumeConfig(out=str(tmp_path)), pretend())["new"] == 0, "a failed run stays failed"
+    said = run_queue(ResumeConfig(out=str(tmp_path), retry_failed=True), pretend())
+    assert (said["new"], said["done"], said["failed"]) == (1, 9, [])
+
+
+def test_a_killed_run_is_begun_anew_at_once(tmp_path: Path) -> None:
+    plan(tmp_path, conditions=("vanilla",))
+    said = run_queue(RunConfig(out=str(tmp_path)), pretend(honest("\n" + ONCE)))
+    assert said["done"] == 3 and started(tmp_path) == {"d2-vanilla-s0": 1, "d2-vanilla-s1": 1, "d2-vanilla-s2": 2}
+
+
+def test_a_run_that_hangs_is_ended(tmp_path: Path) -> None:
+    plan(tmp_path, conditions=("vanilla",), seeds=(0,))
+    config = RunConfig(out=str(tmp_path), run_minutes=0.5 / 60, grace=0.2)
+    said = run_queue(config, pretend("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ndef behave(run):\n    time.sleep(60)"))
+    assert said["failed"] == ["d2-vanilla-s0"] and read_attempts(tmp_path / "runs/d2-vanilla-s0")[0]["why"] == "took too long"
+
+
+def test_a_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    plan(tmp_path)
+    queue = Queue(RunConfig(out=str(tmp_path), budget_minutes=2.0), pretend(seconds=70.0))
+    queue.runs = [run | {"seconds": 1.0} for run in queue.runs]
+    said = queue.work()
+    assert said["left_out"] == 0 and said["done"] == 9, "70 of the 120 seconds fit"
+    plan(tmp_path / "b")
+    queue = Queue(RunConfig(out=str(tmp_path / "b"), budget_minutes=2.0), pretend(seconds=120.0))
+    queue.runs = [run | {"seconds": 1.0} for run in queue.runs]
+    said = queue.work()
+    assert said["done"] == 1 and said["left_out"] == said["waiting"] == 8, "the first run has shown what the others will take"
+
+
+def test_two_queues_share_a_folder(tmp_path: Path) -> None:
+    plan(tmp_path)
+    slow = pretend(honest("\ndef behave(run):\n    time.sleep(0.15)\n    return honest(run)"))
+    results: list[dict] = []
+    threads = [threading.Thread(target=lambda: results.append(run_queue(RunConfig(out=str(tmp_path)), slow))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(started(tmp_path).values()) == {1} and sum(one["new"] for one in results) == 9
+    assert all(one["new"] for one in results), "both have worked"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_queue_that_is_stopped_or_killed_can_be_resumed(tmp_path: Path, number: signal.Signals) -> None:
+    plan(tmp_path, conditions=("vanilla",), seeds=(0,))
+    place, told = tmp_path / "runs/d2-vanilla-s0", tmp_path / "told"
+    queue = os.fork()  # a process of its own without another import of torch
+    if queue == 0:
+        try:
+            slow = pretend("open(folder + '/pid', 'w').write(str(os.getpid()))\ndef behave(run):\n    time.sleep(60)")
+            told.write_text(str(run_queue(RunConfig(out=str(tmp_path), grace=5), slow)["stopped"]))
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 30
+    while not ((place / "pid").exists() and (place / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(queue, number)
+    os.waitpid(queue, 0)
+    if number == signal.SIGTERM:
+        assert told.read_text() == "SIGTERM"
+    else:  # its run is still there, as after a crash of the queue alone
+        os.kill(int((place / "pid").read_text()), signal.SIGKILL)
+    assert read_attempts(place) == [], "neither is a failure of the run"
+    assert run_queue(ResumeConfig(out=str(tmp_path)), pretend())["done"] == 1
+
+
+@pytest.mark.slow
+def test_two_real_conditions_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*words: str) -> dict:
+        eval_matrix.main([*words, f"--out={tmp_path}"])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    def flag(value: object) -> object:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else int(value) if isinstance(value, bool) else value
+
+    tiny = TINY | {"seeds": (0,), "conditions": ("vanilla", "default")}
+    assert run("plan", *[f"--{name}={flag(value)}" for name, value in tiny.items()])["runs"] == 2
+    said = run("run", "--workers=2")
+    assert said["done"] == 2 and said["failed"] == [], [path.read_text()[-2000:] for path in tmp_path.glob("runs/*/log.txt")]
+    record = json.loads((tmp_path / "runs/d2-default-s0/record.json").read_text())
+    assert record["smoke"] and record["config"]["seed"] == 0 and record["data"]["fingerprint"] and record["versions"]["torch"]
+    assert record["metrics"]["val_loss"] > 0 and len(record["curve"]["loss"]) == 2 and record["tokens"] == 512
+    said = run("report")
+    assert said["smoke"] and said["apart"] == 2 and said["scorecard"]["not measured"] == sum(said["scorecard"].values())
+    assert "not a result" in (tmp_path / "report/report.md").read_text()

@@ -1,0 +1,218 @@
+"""Verdicts on predictions from planted values, and the report from planted runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.study.matrix import SETS, build_matrix
+from bio_inspired_nanochat.study.plan import read_plan
+from bio_inspired_nanochat.study.predictions import PREDICTIONS
+from bio_inspired_nanochat.study.queue import RunConfig, run_queue
+from bio_inspired_nanochat.study.report import ReportConfig, report
+from bio_inspired_nanochat.study.scorecard import KINDS, score
+from bio_inspired_nanochat.study.statistics import Rule
+from bio_inspired_nanochat.training.faults import Fault, diverged
+from tests.study.planned import HONEST, plan, pretend
+
+FULL = build_matrix(list(SETS))
+BY_ID = {one.id: one for one in PREDICTIONS}
+
+
+def values(**metrics: dict[str, float | list[float]]) -> dict:
+    """Values at depth 6: metric (dots as __) -> condition -> mean, with a spread of seeds, or values."""
+    found: dict = {}
+    for metric, by_condition in metrics.items():
+        for name, value in by_condition.items():
+            seeds = value if isinstance(value, list) else [value * (1 + 1e-4 * shift) for shift in (-1, 0, 1)]
+            own = FULL.aliases.get(name, name)
+            found.setdefault(metric.replace("__", "."), {})[own] = {seed: (one, f"{own}-{seed}") for seed, one in enumerate(seeds)}
+    return {6: found}
+
+
+def verdict(identity: str, found: dict):
+    return score(found, FULL.aliases, Rule(), predictions=[BY_ID[identity]])[0]
+
+
+def test_every_prediction_names_conditions_and_metrics_that_exist() -> None:
+    for one in PREDICTIONS:
+        assert one.kind in KINDS and one.source and one.statement and one.metrics, one.id
+        for name in (one.condition, one.reference, *one.series):
+            assert name is None or name in FULL.aliases or name == "cumulative", (one.id, name)
+    assert len(BY_ID) == len(PREDICTIONS)
+
+
+@pytest.mark.parametrize(("change", "expected"), [(0.12, "success"), (0.07, "neutral"), (-0.03, "neutral"), (-0.08, "failure")])
+def test_bdnf_and_the_gini_coefficient(change: float, expected: str) -> None:
+    found = verdict("bdnf-gini", values(experts__gini={"experts_static": 0.35, "experts_bdnf": 0.35 + change}))
+    assert found.verdict == expected and found.value == pytest.approx(change, abs=1e-6)
+    assert set(found.runs) == {f"experts_{kind}-{seed}" for kind in ("static", "bdnf") for seed in range(3)}
+
+
+def test_the_log_serves_where_the_suite_was_not_run() -> None:
+    one = values(**{"experts/gini": {"experts_static": 0.3, "experts_bdnf": 0.5}})
+    assert verdict("bdnf-gini", one).verdict == "success"
+
+
+@pytest.mark.parametrize(
+    ("ece", "perplexity", "expected"),
+    [(0.090, 20.2, "success"), (0.099, 20.2, "neutral"), (0.090, 21.0, "neutral"), (0.090, 22.5, "failure"), (0.110, 20.0, "neutral")],
+)
+def test_half_of_the_releases_at_random(ece: float, perplexity: float, expected: str) -> None:
+    found = verdict(
+        "release-50",
+        values(calibration__ece={"release:12": 0.1, "release:50": ece}, perplexity={"release:12": 20.0, "release:50": perplexity}),
+    )
+    assert found.verdict == expected
+
+
+def test_what_was_not_measured_is_said_to_be_so() -> None:
+    found = verdict("release-50", values(calibration__ece={"release:12": 0.1, "release:50": 0.05}))
+    assert found.verdict == "not measured" and "perplexity" in found.why
+    few = values(calibration__mc_auroc={"release:12": [0.8, 0.9]})
+    assert verdict("uncertainty", few).verdict == "not measured"
+    assert {one.verdict for one in score({}, FULL.aliases, Rule())} == {"not measured"}
+
+
+@pytest.mark.parametrize(("auroc", "expected"), [(0.72, "success"), (0.65, "neutral"), (0.45, "failure")])
+def test_uncertainty(auroc: float, expected: str) -> None:
+    assert verdict("uncertainty", values(calibration__mc_auroc={"release:12": auroc})).verdict == expected
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(3.0, "success"), (7.0, "neutral"), (11.0, "failure")])
+def test_gradient_variance(ratio: float, expected: str) -> None:
+    one = values(train__grad_norm_variance={"default": 0.1, "release:12": 0.1 * ratio})
+    assert verdict("release-gradient-variance", one).verdict == expected
+
+
+def test_the_temperature_must_be_better_than_both_ends() -> None:
+    ends = {"temperature:0.1": 3.1, "temperature:0.3": 3.0, "temperature:0.5": 2.9, "temperature:0.7": 3.0, "temperature:1.0": 3.1}
+    assert verdict("temperature", values(val_loss=ends | {"default": 3.0})).verdict == "success"
+    assert verdict("temperature", values(val_loss=ends | {"temperature:1.0": 2.8, "default": 3.0})).verdict == "neutral"
+    falling = {name: 3.5 - 0.1 * i for i, name in enumerate(ends)}
+    assert verdict("temperature", values(val_loss=falling | {"default": 3.0})).verdict == "failure"
+
+
+def test_recall_by_the_rule() -> None:
+    assert verdict("fast-recall", values(needle__accuracy_1024={"default": 0.1, "default_fast": 0.5})).verdict == "success"
+    assert verdict("fast-recall", values(needle__accuracy_1024={"default": 0.5, "default_fast": 0.1})).verdict == "failure"
+    noisy = {"default": [0.1, 0.2, 0.3], "default_fast": [0.2, 0.1, 0.35]}
+    assert verdict("fast-recall", values(needle__accuracy_1024=noisy)).verdict == "neutral"
+
+
+def test_dropout_suffices_only_where_a_loss_that_matters_is_excluded() -> None:
+    assert verdict("dropout-suffices", values(val_loss={"all_on": 3.0, "default_dropout": 3.0001})).verdict == "success"
+    assert verdict("dropout-suffices", values(val_loss={"all_on": 3.0, "default_dropout": 3.2})).verdict == "failure"
+    noisy = {"all_on": [3.0, 3.1, 3.2], "default_dropout": [3.1, 3.0, 3.25]}
+    assert verdict("dropout-suffices", values(val_loss=noisy)).verdict == "neutral"
+
+
+def test_saturation() -> None:
+    steps = sorted(name for name in FULL.aliases if name.startswith("cumulative:"))
+    early = {name: 3.0 - 0.5 * min(1.0, i / 5) for i, name in enumerate(steps)} | {"vanilla": 3.0, "all_on": 2.5}
+    late = {name: 3.0 - 0.01 * i for i, name in enumerate(steps)} | {"vanilla": 3.0, "all_on": 2.0}
+    assert verdict("saturation", values(val_loss=early)).verdict == "success"
+    assert verdict("saturation", values(val_loss=late)).verdict == "failure"
+
+
+def test_two_benchmarks_by_a_tenth() -> None:
+    def found(perplexity: float, copying: float, needle: float):
+        conditions = ("vanilla", "all_on")
+        pairs = {"perplexity": (20, perplexity), "copy.accuracy_512": (0.5, copying), "needle.accuracy_512": (0.5, needle)}
+        return verdict("overall", values(**{name: dict(zip(conditions, pair, strict=True)) for name, pair in pairs.items()})).verdict
+
+    assert found(17, 0.6, 0.5) == "success" and found(17, 0.5, 0.4) == "neutral"
+    assert found(20, 0.5, 0.4) == "failure" and found(20, 0.51, 0.5) == "neutral"
+
+
+def test_the_kernels_come_from_a_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    rows = [
+        {"backend": backend, "context": 2048, "head_dim": 64, "tick": 8, "forward_ms": ms}
+        for backend, ms in (("triton", 2.0), ("fused", 0.5))
+    ]
+    file.write_text(json.dumps({"rows": rows}))
+    plan(tmp_path / "m")
+    assert report(ReportConfig(out=str(tmp_path / "m"), bench=str(file)))["scorecard"]["success"] == 1
+    file.write_text("[]")
+    with pytest.raises(UserError, match="is damaged"):
+        report(ReportConfig(out=str(tmp_path / "m"), bench=str(file)))
+
+
+# --- the report -----------------------------------------------------------------------------------------------------------------------
+
+BIG = {"tokens": 8_000_000, "smoke": False, "sets": ("anchors",), "conditions": ("vanilla", "default", "all_on"), "seeds": (0, 1, 2, 3, 4)}
+
+
+def finished(folder: Path, **changes) -> dict:
+    plan(folder, **BIG | changes)
+    run_queue(RunConfig(out=str(folder), workers=3), pretend())
+    return report(ReportConfig(out=str(folder)))
+
+
+def test_a_report_finds_what_was_planted(tmp_path: Path) -> None:
+    said = finished(tmp_path)
+    assert (said["counted"], said["apart"], said["missing"]) == (15, 0, 0) and said["decided"] == said["comparisons"] == 3
+    rows = {(row["metric"], row["what"]): row for row in csv.DictReader((tmp_path / "report/comparisons.csv").open())}
+    better, worse = rows["val_loss", "the default preset"], rows["val_loss", "all mechanisms"]
+    assert (better["verdict"], worse["verdict"]) == ("lower", "higher") and float(better["mean"]) == pytest.approx(-0.05, abs=2e-3)
+    slow = rows["view.seconds", "the default preset"]
+    assert slow["verdict"] == "higher", "it needs twice the time: at equal time vanilla has gone on"
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| all mechanisms | all_on − vanilla | 5 | +0.0" in text and "not a result" not in text, "negative results are there"
+    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".md", ".csv", ".json", ".png"}
+    scores = json.loads((tmp_path / "report/scorecard.json").read_text())["scores"]
+    assert {one["id"]: one["verdict"] for one in scores}["goal-clock"] == "failure"
+    assert sum(path.stat().st_size for path in (tmp_path / "report").iterdir()) < 500_000
+
+
+def test_small_runs_and_few_seeds_enter_no_table(tmp_path: Path) -> None:
+    said = finished(tmp_path / "small", tokens=512)
+    text = (tmp_path / "small/report/report.md").read_text()
+    assert (said["counted"], said["apart"], said["comparisons"]) == (0, 15, 0) and "512 tokens, below 8,000,000 of depth 2" in text
+    said = finished(tmp_path / "few", seeds=(0, 1))
+    assert (said["counted"], said["apart"], said["comparisons"]) == (0, 6, 0)
+    assert "2 of 3 seeds" in (tmp_path / "few/report/report.md").read_text()
+
+
+def test_a_rule_that_changed_after_the_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path, seeds=(0, 1, 2))
+    path = tmp_path / "plan.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"rule": before["rule"] | {"alpha": 0.2}}))
+    with pytest.raises(UserError, match="was changed after it was made"):
+        report(ReportConfig(out=str(tmp_path)))
+    path.write_text(json.dumps(before))
+    assert read_plan(tmp_path)["digest"] == before["digest"]
+    with pytest.raises(UserError, match="runs of another plan"):
+        plan(tmp_path, **BIG | {"conditions": ("vanilla", "default")})
+    more = plan(tmp_path, **BIG)  # seeds may join
+    assert more.seeds == (0, 1, 2, 3, 4) and report(ReportConfig(out=str(tmp_path)))["missing"] == 6
+    record = tmp_path / "runs/d2-vanilla-s0/record.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"digest": "0" * 16}))
+    with pytest.raises(UserError, match="made under another rule or plan"):
+        report(ReportConfig(out=str(tmp_path)))
+
+
+def test_a_training_that_diverges_is_a_failure_of_its_prediction(tmp_path: Path) -> None:
+    fault = Fault(7, "the loss is nan", {})
+    crash = f"def behave(run):\n    if run['conditions'] == ['default']:\n        sys.exit({str(diverged(fault, None))!r})\n    return honest(run)"
+    plan(tmp_path, **BIG | {"conditions": ("vanilla", "default"), "seeds": (0, 1, 2)})
+    said = run_queue(RunConfig(out=str(tmp_path), workers=3), pretend(HONEST.replace("def behave", "def honest") + crash))
+    assert len(said["failed"]) == 3
+    report(ReportConfig(out=str(tmp_path)))
+    scores = json.loads((tmp_path / "report/scorecard.json").read_text())["scores"]
+    (found,) = (one for one in scores if one["id"] == "goal-vanilla")
+    assert found["verdict"] == "failure" and found["runs"] == said["failed"] and "diverged" in found["why"]
+
+
+def test_another_rule_gives_another_verdict() -> None:
+    one = replace(BY_ID["goal-vanilla"], success=(None, -0.2))
+    found = values(val_loss={"default": 2.95, "vanilla_params_default": 3.0})
+    assert verdict("goal-vanilla", found).verdict == "success"
+    assert score(found, FULL.aliases, Rule(), predictions=[one])[0].verdict == "neutral"
