@@ -28,9 +28,9 @@ DROPOUT = 0.1
 PAIR_OF = ("presyn", "barrier_gated", "fast_delta", "stochastic")
 # The factors of the factorial set, over the default preset with fast weights: what turns each on.
 FACTORS: dict[str, dict[str, Any]] = {
-    "stochastic": MECHANISMS["stochastic"].on,
-    "bdnf": MECHANISMS["bdnf"].on,
-    "calcium_gate": MECHANISMS["camkii_read"].on,
+    "stochastic": dict(MECHANISMS["stochastic"].on),
+    "bdnf": dict(MECHANISMS["bdnf"].on),
+    "calcium_gate": dict(MECHANISMS["camkii_read"].on),
     "rates": {},
 }
 
@@ -272,13 +272,13 @@ def _predictions(matrix: Matrix, _: Options) -> None:
     memory = matrix.add(Condition("default_fast", with_default(fast), "the default with fast weights"))
     matrix.compare("predictions", memory, normal, "fast weights")
     read = matrix.add(
-        Condition("default_fast_gate", with_default(fast | MECHANISMS["camkii_read"].on), "the same read through the calcium gate")
+        Condition("default_fast_gate", with_default({**fast, **MECHANISMS["camkii_read"].on}), "the same read through the calcium gate")
     )
     matrix.compare("predictions", read, memory, "calcium gate of fast weights")
-    raised = matrix.add(Condition("default_fast_bdnf", with_default(fast | MECHANISMS["bdnf"].on), "the same with BDNF"))
+    raised = matrix.add(Condition("default_fast_bdnf", with_default({**fast, **MECHANISMS["bdnf"].on}), "the same with BDNF"))
     matrix.compare("predictions", raised, memory, "BDNF")
     static = matrix.add(Condition("experts_static", with_default(fast, **EXPERTS), "fast weights and experts, no life cycle"))
-    bdnf = matrix.add(Condition("experts_bdnf", with_default(fast | MECHANISMS["bdnf"].on, **EXPERTS), "the same with BDNF"))
+    bdnf = matrix.add(Condition("experts_bdnf", with_default({**fast, **MECHANISMS["bdnf"].on}, **EXPERTS), "the same with BDNF"))
     alive = matrix.add(Condition("experts_life", with_default(fast, **EXPERTS, splitmerge_every=AUTO), "the same with a life cycle"))
     matrix.compare("predictions", bdnf, static, "BDNF beside experts")
     matrix.compare("predictions", alive, static, "life cycle of experts")

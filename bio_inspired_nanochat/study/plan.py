@@ -144,7 +144,7 @@ def make_matrix_plan(config: PlanConfig) -> dict[str, Any]:
         cells += _Depth(config, matrix, depth, device, (tokenizer.vocab_size, tokenizer.bos_id)).cells()
     rates = _rates(config, cells, device)
     runs = _runs(config, cells, rates)
-    record = {
+    record: dict[str, Any] = {
         "version": VERSION,
         "smoke": config.smoke,
         "rule": asdict(Rule()),

@@ -180,7 +180,10 @@ class Queue:
             loss = record["metrics"].get("val_loss")
             say(f"{run['id']}: done in {time.monotonic() - began:.0f} s" + ("" if loss is None else f", validation loss {loss:.4f}"))
         elif not self.stop.is_set() and process.returncode != STOPPED:
-            attempt = {"why": why or f"exit code {process.returncode} without a record", "last_lines": tail(folder / "log.txt")}
+            attempt: dict[str, Any] = {
+                "why": why or f"exit code {process.returncode} without a record",
+                "last_lines": tail(folder / "log.txt"),
+            }
             attempt["seconds"] = round(time.monotonic() - began, 1)
             with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(attempt) + "\n")

@@ -92,14 +92,14 @@ def compare(plan: Mapping[str, Any], records: Records, values: ByDepth, rule: Ru
                 family = []
                 for one in (one for one in plan["comparisons"] if one["set"] == name):
                     if quantity.startswith("view."):
-                        sides = viewed(curves, depth, one["condition"], one["reference"], quantity.removeprefix("view."))
+                        ours, theirs = viewed(curves, depth, one["condition"], one["reference"], quantity.removeprefix("view."))
                     else:
-                        sides = tuple(
+                        ours, theirs = (
                             {seed: value for seed, (value, _) in by_metric[quantity].get(one[side], {}).items()}
                             for side in ("condition", "reference")
                         )
-                    if sides[0] and sides[1]:
-                        family.append((one, paired(*sides, rule)))
+                    if ours and theirs:
+                        family.append((one, paired(ours, theirs, rule)))
                 judged = judge([result for _, result in family], rule)
                 found += [Line(depth=depth, metric=quantity, result=result, **one) for (one, _), result in zip(family, judged, strict=True)]
     return found
@@ -189,7 +189,7 @@ def _set_table(lines: Sequence[Line], name: str, depth: int) -> str:
         interval = "–" if one.low is None else f"{one.low:+.4f} … {one.high:+.4f}"
         tests = (_p(one.p_t), _p(one.p_holm), _p(one.p_wilcoxon), _number(one.g_z, 2), _p(one.detectable))
         seen = [f"{_number(view.mean)} ({view.verdict})" if view else "–" for view in views]
-        rows.append((what, f"{condition} − {reference}", len(one.seeds), _number(one.mean), interval, *tests, one.verdict, *seen))
+        rows.append((what, f"{condition} − {reference}", str(len(one.seeds)), _number(one.mean), interval, *tests, one.verdict, *seen))
     if not rows:
         return ""
     columns = [
@@ -215,7 +215,7 @@ def _score_table(scores: Sequence[Score]) -> str:
         prediction = known[one.id]
         notes = prediction.source + (f". Ours: {prediction.ours}" if prediction.ours else "")
         runs = ", ".join(one.runs) or "–"
-        rows.append((prediction.statement, "–" if one.depth is None else one.depth, one.verdict, one.why, notes, runs))
+        rows.append((prediction.statement, "–" if one.depth is None else str(one.depth), one.verdict, one.why, notes, runs))
     return markdown_table(rows, ["prediction", "depth", "verdict", "found", "thresholds", "decided by"]) + "\n"
 
 

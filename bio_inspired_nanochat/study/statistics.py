@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def judge(family: Sequence[Paired], rule: Rule) -> list[Paired]:
     """The comparisons of one family with corrected p values and verdicts by the rule."""
     corrected = holm([one.p_t if len(one.seeds) >= rule.min_seeds else None for one in family])
-    return [Paired(**{**vars(one), "p_holm": p, "verdict": _verdict(one, p, rule)}) for one, p in zip(family, corrected, strict=True)]
+    return [replace(one, p_holm=p, verdict=_verdict(one, p, rule)) for one, p in zip(family, corrected, strict=True)]
 
 
 def _verdict(one: Paired, p: float | None, rule: Rule) -> str:

@@ -92,12 +92,12 @@ def events(metrics: Path) -> list[dict[str, Any]]:
 
 def meet(view: str, ours: Curve, theirs: Curve) -> tuple[float, float, float] | None:
     """(budget, our loss, their loss) where the shorter of two runs ends; None where one of them has no evaluation there."""
-    ends = [curve.end(view) for curve in (ours, theirs)]
-    if None in ends:
+    our_end, their_end = ours.end(view), theirs.end(view)
+    if our_end is None or their_end is None:
         return None
-    budget = min(ends)  # type: ignore[type-var]
-    losses = [curve.at(view, budget) for curve in (ours, theirs)]
-    return None if None in losses else (budget, losses[0], losses[1])  # type: ignore[return-value]
+    budget = min(our_end, their_end)
+    our_loss, their_loss = ours.at(view, budget), theirs.at(view, budget)
+    return None if our_loss is None or their_loss is None else (budget, our_loss, their_loss)
 
 
 def step_variances(metrics: Path, share: float = 0.5) -> dict[str, float | None]:
