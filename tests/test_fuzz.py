@@ -36,7 +36,10 @@ from tests.training.tiny import corpus, small
 
 # The doctor reads its flags with the standard library alone; tests/upkeep/test_doctor.py has its wrong ones.
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text() and path.stem != "doctor")
-COMMANDS = {"tune_bio_params": ("sanity", "sensitivity", "optimize", "report", "best")}
+COMMANDS = {
+    "tune_bio_params": ("sanity", "sensitivity", "optimize", "report", "best"),
+    "eval_matrix": ("plan", "run", "resume", "report"),
+}
 SCRIPTS = [f"{name} {command}".strip() for name in SCRIPTS for command in COMMANDS.get(name, ("",))]
 QUICK = settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)

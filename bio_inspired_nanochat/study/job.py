@@ -41,7 +41,8 @@ def run(folder: Path) -> int:
     """Do the run of a folder; its exit code. Raises UserError for what the user can fix and for data that are not those of the plan."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     spec, began = job["run"], time.time()
-    shutil.rmtree(folder / "train", ignore_errors=True)  # what an attempt before has left
+    for name in ("train", "checkpoints"):  # what an attempt before has left
+        shutil.rmtree(folder / name, ignore_errors=True)
     places = {"log_dir": str(folder), "checkpoint_dir": str(folder / "checkpoints"), "run_name": "train"}
     config = dataclasses.replace(from_dict(TrainConfig, spec["train"]), **places)
     device, source = pick_device(config.device), resolve_data(config.data_dir, config.dataset)

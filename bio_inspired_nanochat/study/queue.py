@@ -188,8 +188,6 @@ class Queue:
             with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(attempt) + "\n")
             say(f"notice: {run['id']}: {attempt['why']}; its last lines are in {folder / 'attempts.jsonl'}")
-        elif not self.stop.is_set():  # somebody stopped this run alone: leave it for later
-            self.stop.set()
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> str:
         """Until the process ends, is too late or has to stop; why it was ended, or nothing."""
