@@ -245,6 +245,8 @@ def _rates(config: PlanConfig, cells: list[Cell], device: torch.device) -> dict[
     rates = {}
     for key, cell in chosen.items():
         rates[key] = config.tok_per_s or cell.plan.tokens_per_step / measure(cell.plan, device, config.measure_seconds).step
+        if not config.tok_per_s:
+            say(f"speed of depth {key} ({cell.condition.name}): {rates[key]:,.0f} tokens/s")
     return rates
 
 
