@@ -23,6 +23,7 @@ FAKE = 'import json, sys\nprint("a line")\nprint(json.dumps({{"step_ratio": {rat
 def put(root: Path, name: str, text: str) -> None:
     """Commit a script."""
     (root / "scripts").mkdir(exist_ok=True)
+    (root / "scripts/__init__.py").touch()  # as in the repository: a folder without it would lose against the installed package
     (root / f"scripts/{name}.py").write_text(text)
     git(root, "add", "-A")
     git(root, "commit", "-qm", name)
