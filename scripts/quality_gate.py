@@ -7,29 +7,19 @@ Exit code 1 when a check fails or its tool is missing. The last line of stdout i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from bio_inspired_nanochat.common import print_json_line
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.errors import exit_on_user_error
 from bio_inspired_nanochat.upkeep.gate import GateConfig, gate
-
-INTERRUPTED = 130  # 128 + SIGINT
+from bio_inspired_nanochat.upkeep.verdict import end_with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, check, print table and record."""
     with exit_on_user_error():
         config = parse(GateConfig, argv, prog="scripts.quality_gate", description="Checks of what changed, or of everything.")
-        try:
-            record = gate(config)
-        except KeyboardInterrupt:
-            print("stopped by SIGINT before the end", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
-        print_json_line(record)
-    if not record["ok"]:
-        raise SystemExit(1)
+        end_with(lambda: gate(config), "stopped by SIGINT before the end")
 
 
 if __name__ == "__main__":

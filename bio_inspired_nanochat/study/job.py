@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bio_inspired_nanochat.common import pick_device, say, write_atomic
+from bio_inspired_nanochat.common import pick_device, write_atomic
 from bio_inspired_nanochat.config import from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, resolve_data
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error
+from bio_inspired_nanochat.evaluation.suite import EvaluationSetting, evaluate
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.study.views import events, read_curve, step_variances
 from bio_inspired_nanochat.tokenizer import Tokenizer
@@ -79,15 +80,10 @@ def run(folder: Path) -> int:
 def evaluated(
     model: GPT, names: Sequence[str], tokenizer: Tokenizer, source: DataSource, tokens: int, rows: int
 ) -> dict[str, float | None]:
-    """The metrics of the evaluation suite for a trained model; nothing where this package has no suite."""
-    if not names:
-        return {}
-    try:
-        from bio_inspired_nanochat.evaluation.suite import EvaluationSetting, evaluate
-    except ImportError:
-        say("notice: there is no evaluation suite: only what training measures is recorded")
-        return {}
-    return evaluate(model, names, EvaluationSetting(tokenizer=tokenizer, source=source, tokens=tokens, batch_size=rows))
+    """The metrics of the evaluation suite for a trained model."""
+    return (
+        {} if not names else evaluate(model, names, EvaluationSetting(tokenizer=tokenizer, source=source, tokens=tokens, batch_size=rows))
+    )
 
 
 def last_look(log: Path) -> dict[str, float]:

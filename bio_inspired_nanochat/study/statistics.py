@@ -145,13 +145,13 @@ def _detectable_shift(n: int, alpha: float, power: float) -> float:
     """Noncentrality at which |t| with n - 1 degrees of freedom exceeds its critical value with that power. The side away from the shift,
     which holds less than alpha / 2, is left out: its distribution is not computed reliably far out, and power is never overstated by it."""
     stats = scipy_stats()
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
 
     limit = stats.t.ppf(1 - alpha / 2, n - 1)
     high = float(limit)
     while stats.nct.sf(limit, n - 1, high) < power:
         high *= 1.5
-    return float(brentq(lambda shift: stats.nct.sf(limit, n - 1, shift) - power, 0.0, high))
+    return float(root_scalar(lambda shift: stats.nct.sf(limit, n - 1, shift) - power, bracket=(0.0, high)).root)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
