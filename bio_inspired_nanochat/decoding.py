@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.errors import UserError
@@ -49,7 +48,7 @@ class _Token:
         from bio_inspired_nanochat.kernels import decode_triton
 
         site, cache = self.sites[layer.layer], state.tensors()
-        gate = F.linear(x, layer.synapse.gate_weight.to(x.dtype)) if site.barrier == "gated" else None
+        gate = layer.synapse.gate_drive(x) if site.barrier == "gated" else None
         y = decode_triton.attend(q, k, v, cache, self.positions, site, gate)
         if self.ends and site.terminals is not None:
             decode_triton.advance(cache, self.positions, site)

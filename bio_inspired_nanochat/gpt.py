@@ -24,7 +24,7 @@ from bio_inspired_nanochat.common.automata import RULES, automaton_matrix
 from bio_inspired_nanochat.config import GPTConfig, from_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import ReleaseNoise
-from bio_inspired_nanochat.registry import active_mechanisms
+from bio_inspired_nanochat.registry import active_mechanisms, check_extra
 from bio_inspired_nanochat.synaptic import (
     GAINS,
     GATE_CHANNELS,
@@ -78,6 +78,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
+        check_extra(config.syn_cfg)
         self.config = config
         self.compute_dtype = torch.float32
         self.compiled = False
@@ -117,9 +118,7 @@ class GPT(nn.Module):
                     values.uniform_(-limit, limit, generator=generator)
                 parameter.copy_(values)
         for name, module in self.named_modules():
-            if isinstance(module, Presynaptic):
-                module.init_weights()
-            elif isinstance(module, (Density, ExpertSynapse)):
+            if isinstance(module, (Presynaptic, Density, ExpertSynapse)):
                 module.init_weights(seed, name)
             elif isinstance(module, Accounts):
                 module.reset()

@@ -37,6 +37,8 @@ def lively(synapse: torch.nn.Module) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 2)
         elif name in ("gate_weight", "genome.xi", "genome.level"):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.1 if name == "gate_weight" else 0.5))
+        elif name.startswith("extra."):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
         elif name == "gate_bias":
             parameter.data.fill_(2.0)
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from bio_inspired_nanochat.config import SynapticConfig, knobs_of
-from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, STEPS, Census, build, plan
-from bio_inspired_nanochat.registry import BETWEEN_STEPS
+from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, STEPS, UNMEASURED, Census, build, plan
 
-KNOBS = [name for name in knobs_of(SynapticConfig) if name not in BETWEEN_STEPS]
+KNOBS = [name for name in knobs_of(SynapticConfig) if name not in UNMEASURED]
 MODELS = list(dict.fromkeys(plan().values()))
 
 

@@ -246,6 +246,7 @@ class SynapticConfig(ExpertConfig):
         analogue="PSD-95",
     )
     fast_init: bool = knob(False, "the fast weights of a new sequence are learned, not zero", off=False)
+    extra: tuple[str, ...] = knob((), "mechanisms of your own that are on, from the files of NANOCHAT_MECHANISMS", off=())
 
     def __post_init__(self) -> None:
         validate(self, prefix="syn_cfg.")

@@ -75,6 +75,10 @@ USER_NAMES: Mapping[str, str] = {
 }
 
 
+# What acts between training steps alone, and what has no values until a file brings some.
+UNMEASURED = (*BETWEEN_STEPS, "extra")
+
+
 @dataclass(frozen=True)
 class Liveness:
     """One measurement. change: largest relative change; value: where it was reached; how: of what; mechanisms: on in the model.
@@ -141,7 +145,7 @@ def plan() -> dict[str, tuple[str, ...]]:
     models: dict[str, tuple[str, ...]] = {}
     default = SynapticConfig()
     wanted = [*active_mechanisms(default), *(name for name in MECHANISMS if name not in ASIDE and not _replaces(name, default))]
-    left = [name for name in knobs_of(SynapticConfig) if name not in BETWEEN_STEPS]
+    left = [name for name in knobs_of(SynapticConfig) if name not in UNMEASURED]
     while left:
         model = together(wanted)
         covered = [name for name in left if not owners(name) or any(_acts(name, owner, model) for owner in owners(name))]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.errors import UserError
@@ -50,7 +49,7 @@ def attend(layer: Any, x: Tensor, q: Tensor, state: LayerState, chunk: Chunk) ->
         return None
     gate = None
     if state.barrier is not None:
-        gate = F.linear(x, synapse.gate_weight.to(x.dtype)).float() + synapse.gate_bias.float()
+        gate = synapse.gate_drive(x).float() + synapse.gate_bias.float()
     y, finite = rust.advance(prepared.site, q, held, chunk.starts, chunk.lengths, gate)
     if not finite and state.beta is not None:
         raise FloatingPointError(f"layer {layer.layer}: the presynaptic drive is not finite (NaN or infinity in q or k)")

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bio_inspired_nanochat.common import generator_for
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import PresynParams, ReleaseSampler
-from bio_inspired_nanochat.registry import active_mechanisms
+from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms
 from bio_inspired_nanochat.synaptic.genome import Proteins, Xi
 
 # Kinetic constants of each mechanism that stay positive, and those that may have either sign (stored as an offset).
@@ -66,7 +67,8 @@ class Presynaptic(nn.Module):
         super().__init__()
         cfg, heads = config.syn_cfg, config.n_head
         self.cfg = cfg
-        on = set(active_mechanisms(cfg))
+        active = active_mechanisms(cfg)
+        on = set(active)
         self.positive, self.shifted = _of(POSITIVE, on), _of(OFFSETS, on)
         if {"energy", "priming"} <= on:
             self.positive.append("energy_cost_prime")
@@ -87,17 +89,20 @@ class Presynaptic(nn.Module):
         if cfg.barrier == "gated":
             self.gate_weight = nn.Parameter(torch.empty(heads, config.n_embd))
             self.gate_bias = nn.Parameter(torch.empty(heads))
+        self.extra = nn.ModuleDict({name: build(config) for name in active if (build := MECHANISMS[name].build)})
         self.on = frozenset(on)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Values at birth; they do not depend on a seed."""
+    def init_weights(self, seed: int = 0, name: str = "synapse") -> None:
+        """Values at birth; those of `extra` alone draw, keyed by (seed, name of this module)."""
         birth = {"gain_release": self.cfg.lambda_loge, "gate_bias": GATE_BIAS} | dict.fromkeys(self.positive, UNIT)
         birth |= {name: getattr(self.cfg, name) for name in ("barrier_strength", "lateral_strength")}
-        for name, parameter in self.named_parameters(recurse=False):
-            parameter.fill_(birth.get(name, 0.0))
+        for own, parameter in self.named_parameters(recurse=False):
+            parameter.fill_(birth.get(own, 0.0))
         if self.genome is not None:
             self.genome.init_weights()
+        for own, part in self.extra.items():
+            part.init_weights(generator_for(seed, f"{name}.extra.{own}"))
 
     def _raw(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the genome says: stored values by name, and effects (log factor of a positive constant, shift of another)."""
@@ -177,13 +182,20 @@ class Presynaptic(nn.Module):
 
     def barrier_cost(self, x: Tensor) -> Tensor:
         """What the barrier charges for each token, x [B, T, n_embd] to [B, H, T] float: -log f of the forgetting gate
-        f = sigmoid(w_h . x + b), or the slope of the linear barrier.
+        f = sigmoid(gate_drive(x) + b), or the slope of the linear barrier.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.cfg.barrier == "linear":
             return self._slopes(x.device).to(dtype)[:, None].expand(x.shape[0], -1, x.shape[1])
-        gate = F.linear(x, self.gate_weight.to(x.dtype)).to(dtype) + self.gate_bias.to(dtype)
+        gate = self.gate_drive(x).to(dtype) + self.gate_bias.to(dtype)
         return F.softplus(-gate.transpose(1, 2).contiguous())
+
+    def gate_drive(self, x: Tensor) -> Tensor:
+        """What moves the gate's logit away from its bias, x [B, T, n_embd] to [B, T, H] in x's dtype: w_h . x and the mechanisms of `extra`."""
+        drive = F.linear(x, self.gate_weight.to(x.dtype))
+        for part in self.extra.values():
+            drive = drive + part(x)
+        return drive
 
     def _slopes(self, device: torch.device) -> Tensor:
         """Slopes of the linear barrier per head, [H], spread geometrically (Press et al. 2022)."""

@@ -18,7 +18,7 @@ def param_roles(named: Iterable[tuple[str, Parameter]]) -> dict[str, str]:
 def _role(name: str, parameter: Parameter) -> str:
     leaf = name.rsplit(".", 1)[-1]
     if ".synapse." in name:
-        return "gate" if leaf.startswith("gate_") else "kinetics"
+        return "gate" if leaf.startswith("gate_") or ".extra." in name else "kinetics"
     if ".density." in name:
         return DENSITY_ROLES.get(leaf, "kinetics")
     if leaf == "router":

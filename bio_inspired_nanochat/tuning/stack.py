@@ -58,6 +58,8 @@ def obstacle(config: GPTConfig) -> str | None:
         return "dropout is drawn by the blocks of one model"
     if config.doc_mask:
         return "documents are kept apart by one mask for all"
+    if config.synapses and syn.extra:
+        return f"{syn.extra[0]} of syn_cfg.extra is a module of one model"
     if config.synapses and syn.presyn and syn.genome != "direct":
         return f"genome={syn.genome} has a decoder for each model"
     if config.synapses and syn.presyn and syn.stochastic_train_frac:

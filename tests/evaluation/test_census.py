@@ -12,11 +12,11 @@ import torch
 
 from bio_inspired_nanochat.config import SynapticConfig, knob, knobs_of
 from bio_inspired_nanochat.evaluation import census
-from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, USER_NAMES, Census, points
-from bio_inspired_nanochat.registry import BETWEEN_STEPS, MECHANISMS, Mechanism, owners
+from bio_inspired_nanochat.evaluation.census import LEAST_CHANGE, UNMEASURED, USER_NAMES, Census, points
+from bio_inspired_nanochat.registry import MECHANISMS, Mechanism, owners
 from scripts import param_census
 
-KNOBS = {name: knob for name, knob in knobs_of(SynapticConfig).items() if name not in BETWEEN_STEPS}
+KNOBS = {name: knob for name, knob in knobs_of(SynapticConfig).items() if name not in UNMEASURED}
 STEPS = 12
 
 
