@@ -1,11 +1,13 @@
-"""README.md tells the truth: its commands run, at a tiny scale and in its order; its tables, paths and names are those of the code.
+"""README.md and docs/ tell the truth: their commands run, at a tiny scale and in their order; their tables, paths and names are those
+of the code.
 
-`python -m tests.test_readme` writes the generated tables of the page anew.
+`python -m tests.test_readme` writes the generated tables of the pages anew.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -14,175 +16,35 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig
+from bio_inspired_nanochat.config import PRESETS
 from bio_inspired_nanochat.config.cli import parse
-from bio_inspired_nanochat.evaluation.suite import EVALUATIONS
-from bio_inspired_nanochat.registry import MECHANISMS, knob_table, markdown_table
-from bio_inspired_nanochat.synaptic.genome import protein_table
-from bio_inspired_nanochat.training.metrics import METRIC_COLUMNS, metric_rows
 from bio_inspired_nanochat.training.speedrun import VARIABLES
 from bio_inspired_nanochat.upkeep.guard import GuardConfig
 from tests import forked
+from tests.readme_commands import MORE_STEPS, STEPS, TINY
+from tests.readme_tables import DOCS, GENERATED, RESULTS, ROOT, between, tree, with_tables
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("training", "chat", "knobs", "vitals", "evaluation", "reference")))
 PACKAGE = ROOT / "bio_inspired_nanochat"
-STEPS, MORE_STEPS = 3, 5
-TRAINING = {
-    "depth": 2,
-    "n_embd": 32,
-    "head_dim": 16,
-    "max_seq_len": 64,
-    "vocab_size": 280,
-    "num_iterations": STEPS,
-    "device_batch_size": 2,
-    "total_batch_size": 256,
-    "eval_every": 0,
-    "eval_tokens": 128,
-    "sample_every": 0,
-    "device": "cpu",
-}
-# What makes each script small. A flag that the page itself gives is replaced, so that its name is still checked.
-TINY: dict[str, dict[str, object]] = {
-    "scripts.base_train": TRAINING,
-    "scripts.base_eval": {"eval_tokens": 128, "samples": 1, "max_tokens": 4, "device": "cpu"},
-    "scripts.eval_suite": {"tokens": 64, "rows": 1, "samples": 2, "sample_tokens": 8, "draws": 2, "device": "cpu"},
-    "scripts.bench_kernels": {"head_dim": 16, "context": 32, "seconds": 0, "device": "cpu"},
-    "scripts.bench_train": {
-        **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
-        "seconds": 0,
-    },
-    "scripts.bench_scaling": {
-        **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
-        "steps": 1,
-        "seconds": 0,
-    },
-    "scripts.bench_api": {"tokens": 2, "clients": 2, "seconds": 0, "device": "cpu"},
-    "scripts.bench_vitals": {
-        **{name: TRAINING[name] for name in ("depth", "n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
-        "seconds": 0,
-    },
-    "scripts.bench_memory": {"modes": 4, "context": 16, "rows": 1, "seconds": 0, "device": "cpu"},
-    "scripts.bench_decode": {"depth": 1, "n_embd": 32, "head_dim": 16, "context": "8,16", "seconds": 0, "device": "cpu"},
-    "scripts.bench_cpu": {
-        "depth": 1,
-        "n_embd": 32,
-        "head_dim": 16,
-        "vocab_size": 300,
-        "context": "8,16",
-        "threads": "1",
-        "compiled": 0,
-        "seconds": 0,
-    },
-    "scripts.chat_sft": {"num_iterations": STEPS, "device_batch_size": 1, "eval_tokens": 32, "device": "cpu"},
-    "scripts.chat_eval": {"questions": 1, "prompts": 1, "max_tokens": 2, "tasks": "copying,larger", "device": "cpu"},
-    "scripts.chat_cli": {"max_tokens": 4, "device": "cpu"},
-    "scripts.chat_web": {"port": 0, "seconds": 0.5, "device": "cpu"},
-    "scripts.enable_synapses": {},
-    "scripts.param_census": {"steps": 2, "knobs": "barrier_strength", "device": "cpu"},
-    "scripts.dashboard": {"port": 0, "seconds": 0.5},
-    "scripts.lineage": {},
-    "scripts.viz_export": {},
-    "scripts.neurophylo": {},
-    "scripts.neuroviz": {"device": "cpu"},
-    "scripts.prepare_data": {},
-    "scripts.tok_train": {"vocab_size": 280},
-    "scripts.tok_eval": {"vocab_size": "270,280", "max_chars": 5000},
-    "scripts.download_data": {"pause": 0, "attempts": 2},
-    "scripts.doctor": {"depth": 1, "context": 64},
-    "scripts.quality_gate": {"mode": "all", "skip": "types,imports,clippy,rustfmt,tests"},
-}
-TUNING: dict[str, object] = {
-    "steps": 2,
-    "rows": 2,
-    "eval_rows": 4,
-    "n_layer": 1,
-    "n_embd": 16,
-    "head_dim": 8,
-    "tasks": "recall",
-    "recall.distance": 8,
-    "seeds": 1,
-    "device": "cpu",
-}
-# Scripts with sub-commands, by both names.
-TINY |= {
-    "scripts.bench_stack": {
-        "models": "2",
-        "rows": 1,
-        "context": 8,
-        "n_layer": 1,
-        "n_embd": 16,
-        "head_dim": 8,
-        "seconds": 0,
-        "device": "cpu",
-    },
-    "scripts.tune_bio_params sanity": TUNING | {"gate_seeds": 2, "popsize": 2},
-    "scripts.tune_bio_params sensitivity": TUNING | {"trajectories": 1, "points": 1},
-    "scripts.tune_bio_params optimize": TUNING | {"generations": 2, "popsize": 3},
-    "scripts.tune_bio_params report": {},
-    "scripts.tune_bio_params best": {"confirm_seeds": 2, "device": "cpu"},
-}
-TINY |= {
-    "scripts.eval_matrix plan": {
-        **{name: TRAINING[name] for name in ("n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "device")},
-        "sets": "anchors",
-        "conditions": "vanilla,default",
-        "depths": 2,
-        "seeds": 0,
-        "tokens": 256,
-        "total_batch_size": 128,
-        "eval_tokens": 128,
-        "tok_per_s": 1000,
-        "evaluations": "",
-        "smoke": 1,
-    },
-    "scripts.eval_matrix run": {},
-    "scripts.eval_matrix resume": {},
-    "scripts.eval_matrix report": {},
-}
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # set by torchrun, not by people
-
-
-def _mechanisms() -> str:
-    rows = [(f"`{name}`", item.doc, _flags(item.on), _flags(item.off), item.source) for name, item in MECHANISMS.items()]
-    return markdown_table(rows, ["mechanism", "what it is", "on", "off", "where it comes from"])
-
-
-def _flags(values: Mapping[str, object]) -> str:
-    return " ".join(f"`{name}={value if isinstance(value, str) else format(value, 'g')}`" for name, value in values.items())
-
-
-def _evaluations() -> str:
-    rows = []
-    for name, item in EVALUATIONS.items():
-        metrics = dict.fromkeys(re.sub(r"_\d{3,}$", "_N", metric.name) for metric in item.metrics)
-        rows.append((f"`{name}`", " ".join(f"`{metric}`" for metric in metrics), item.needs))
-    return markdown_table(rows, ["evaluation", "metrics", "needs"])
-
-
-GENERATED: dict[str, Callable[[], str]] = {
-    "mechanisms": _mechanisms,
-    "knobs": lambda: markdown_table(knob_table(SynapticConfig)),
-    "proteins": lambda: markdown_table(protein_table()),
-    "evaluations": _evaluations,
-    "metrics": lambda: markdown_table(metric_rows(), METRIC_COLUMNS),
-}
 
 
 # --- reading the page ----------------------------------------------------------------------------------------------------------------
 
 
 def _page() -> str:
-    return README.read_text(encoding="utf-8")
+    """All pages, one after the other."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def _blocks(language: str, page: str) -> list[str]:
@@ -195,36 +57,11 @@ def _commands(page: str) -> list[str]:
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
-def _between(name: str, page: str) -> str:
-    return page.split(f"<!-- {name}:begin -->\n")[1].split(f"<!-- {name}:end -->")[0]
-
-
-def _with_tables(page: str) -> str:
-    """The page with its generated tables written anew."""
-    for name, make in GENERATED.items():
-        page = page.replace(f"<!-- {name}:begin -->\n{_between(name, page)}", f"<!-- {name}:begin -->\n{make()}")
-    return page
-
-
 def _first_column(heading: str, page: str) -> list[str]:
     """The names in backticks in the first column of the first table after a line that starts with `heading`."""
     after = page[page.index(f"\n{heading}") :].split("\n\n")
     table = next(part.strip() for part in after if part.strip().startswith("| "))
     return [row.split("`")[1] for row in table.splitlines()[2:]]
-
-
-def _tree(text: str) -> Iterator[str]:
-    """Paths of an indented file tree."""
-    folders: list[str] = []
-    for line in text.splitlines():
-        if not line or line.startswith("```"):
-            continue
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, *about = line.split(maxsplit=1)
-        assert about or name == "bio_inspired_nanochat/", f"{name} is not explained"
-        del folders[depth:]
-        yield "".join(folders) + name
-        folders.append(name)
 
 
 # --- running its commands --------------------------------------------------------------------------------------------------------------
@@ -266,7 +103,11 @@ class Session:
 
 
 def _python_module(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
-    session.records[line] = _script(session, [sys.executable, "-m"], words[2:], variables)
+    module = words[2]
+    folder = ROOT if module == "scripts.quality_gate" else None
+    session.records[line] = _script(
+        session, words[2:], lambda flags: session.run([sys.executable, "-m", module, *flags], folder, **variables)
+    )
 
 
 def _echo(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
@@ -278,8 +119,15 @@ def _echo(session: Session, line: str, words: list[str], variables: dict[str, st
 def _torchrun(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
     start = words.index("-m")
     options = _replaced(words[1:start], {"nproc_per_node": 2}, add=False)
-    launcher = [sys.executable, "-m", "torch.distributed.run", *options, "-m"]
-    session.records[line] = _script(session, launcher, words[start + 1 :], variables)
+    launch = get_args_parser().parse_args([*options, *words[start:]])  # ends the process at a flag that torchrun does not know
+    assert launch.module and launch.standalone, line
+    module, world = launch.training_script, int(launch.nproc_per_node)
+
+    def run(words: list[str]) -> str:
+        code = f"from tests.readme_commands import ranks; ranks({world}, {module!r}, {words!r})"
+        return session.run([sys.executable, "-c", code], **variables)
+
+    session.records[line] = _script(session, [module, *launch.training_script_args], run)
 
 
 def _guard(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
@@ -288,9 +136,9 @@ def _guard(session: Session, line: str, words: list[str], variables: dict[str, s
     assert all(f"scripts.{command[0]}" in TINY for command in config.commands()), line
 
 
-def _script(session: Session, launcher: list[str], words: list[str], variables: dict[str, str]) -> dict:
-    """Run a script of the project, made small; the record that it prints last."""
-    module, *flags = words
+def _script(session: Session, words: list[str], run: Callable[[list[str]], str]) -> dict:
+    """A script of the project, made small and run with what follows its name; the record that it prints last."""
+    flags = words[1:]
     script = " ".join(word for word in words[:2] if not word.startswith("--"))
     if script not in TINY:
         pytest.fail(f"README.md runs {script}, which this test does not know how to make small")
@@ -300,8 +148,7 @@ def _script(session: Session, launcher: list[str], words: list[str], variables: 
     flags = _replaced(flags, changes)
     if any(flag.startswith("--base_url=") for flag in flags):
         flags = _replaced(flags, {"base_url": session.url})
-    folder = ROOT if module == "scripts.quality_gate" else None
-    return json.loads(session.run([*launcher, module, *flags], folder, **variables).splitlines()[-1])
+    return json.loads(run(flags).splitlines()[-1])
 
 
 def _replaced(flags: list[str], changes: dict[str, object], add: bool = True) -> list[str]:
@@ -403,7 +250,8 @@ def test_a_command_that_fails_is_found(before: dict[str, dict], tmp_path: Path) 
 
 def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # they write files
-    (tmp_path / "example.py").write_text("\n".join(_blocks("python", _page())))
+    shown = between("example", _page())  # run by tests/test_examples.py
+    (tmp_path / "example.py").write_text("\n".join(_blocks("python", _page().replace(shown, ""))))
     runpy.run_path(str(tmp_path / "example.py"))
 
 
@@ -417,7 +265,8 @@ def test_every_block_of_the_page_has_a_language_that_is_checked() -> None:
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_tables_are_those_of_the_code(name: str) -> None:
-    assert _between(name, _page()) == GENERATED[name](), "run python -m tests.test_readme to write the tables anew"
+    assert _page().count(f"<!-- {name}:begin -->") == 1
+    assert between(name, _page()) == GENERATED[name](), "run python -m tests.test_readme to write the tables anew"
 
 
 def test_the_list_of_presets_is_complete() -> None:
@@ -437,7 +286,7 @@ def test_the_environment_variables_are_those_that_the_code_reads() -> None:
 
 
 def test_the_file_tree_exists_and_has_every_room_in_the_order_of_imports() -> None:
-    paths = list(_tree(_between("tree", _page())))
+    paths = [path for path, _ in tree(between("tree", _page()))]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert [path for path in paths if path.endswith("/") != (ROOT / path).is_dir()] == []
     shown = [path.split("/")[1].removesuffix(".py") for path in paths if re.fullmatch(r"bio_inspired_nanochat/[^/]+/?", path)]
@@ -446,16 +295,67 @@ def test_the_file_tree_exists_and_has_every_room_in_the_order_of_imports() -> No
 
 
 def test_a_tree_line_gives_its_whole_path() -> None:
-    assert list(_tree("a/  x\n  b/  x\n    c.py  x\n  d.py  x\ne.md  x\n")) == ["a/", "a/b/", "a/b/c.py", "a/d.py", "e.md"]
+    text = "a/  x\n  b/  x\n    c.py  x\n  d.py  x\ne.md  x\n"
+    assert [path for path, _ in tree(text)] == ["a/", "a/b/", "a/b/c.py", "a/d.py", "e.md"]
 
 
-def test_links_and_paths_in_the_text_exist() -> None:
+def _anchors(path: Path) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def _dead_links(page: Path) -> list[str]:
+    """Links of a page into the repository that lead nowhere."""
+    dead = []
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        place = (page.parent / target).resolve() if target else page
+        if not place.exists() or (anchor and anchor not in _anchors(place)):
+            dead.append(f"{target}#{anchor}")
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert _dead_links(page) == []
+
+
+def test_a_dead_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A page, 1.5 M\n[a](page.md) [b](#a-page-15-m) [c](page.md#nowhere) [d](none.md) [e](https://example.org)\n")
+    assert _dead_links(page) == ["page.md#nowhere", "none.md#"]
+
+
+def test_every_page_is_one_of_those_that_are_checked_and_reached_from_the_first() -> None:
+    assert {path for path in DOCS.glob("*.md")} == set(PAGES[1:])
+    first = PAGES[0].read_text(encoding="utf-8")
+    assert [path.name for path in PAGES[1:] if f"(docs/{path.name}" not in first] == []
+
+
+def test_paths_and_modules_in_the_text_exist() -> None:
     page = _page()
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page)
-    paths = re.findall(r"`((?:bio_inspired_nanochat|scripts|tests|rust_src)/[\w./]*)`", page)
-    assert links and paths and [path for path in [*links, *paths] if not (ROOT / path).exists()] == []
+    paths = re.findall(r"`((?:bio_inspired_nanochat|scripts|tests|rust_src|examples|docs)/[\w./]*)`", page)
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []
     modules = re.findall(r"`python -m ([\w.]+)", page) + re.findall(r"`(scripts\.\w+)`", page)
     assert [module for module in modules if not (ROOT / f"{module.replace('.', '/')}.py").exists()] == []
+
+
+def test_the_picture_was_drawn_from_the_figures_of_the_table(tmp_path: Path) -> None:
+    digest = hashlib.sha256(RESULTS.read_bytes()).hexdigest().encode()
+    picture = (DOCS / "results.png").read_bytes()
+    assert digest in picture, "run python docs/draw_results.py"
+    assert len(picture) < 150_000
+    done = forked.run(["-m", "docs.draw_results", f"--out={tmp_path / 'again.png'}"])
+    assert done.returncode == 0 and json.loads(done.stdout)["bytes"] > 10_000, done.stderr
+    assert digest in (tmp_path / "again.png").read_bytes()
+
+
+def test_vanillas_figures_are_those_of_the_results() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["quality"]["rows"]
+    measured = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    missing = [row["model"] for row in rows if not re.search(r"\| " + r" \| ".join(f"{loss:.4f}" for loss in row["losses"]), measured)]
+    assert set(missing) <= {"default, ticks of 16"}, missing
 
 
 def test_flags_in_the_text_exist() -> None:
@@ -467,7 +367,7 @@ def test_flags_in_the_text_exist() -> None:
 def test_what_is_called_missing_is_missing() -> None:
     """When one of these is built, the page must say so."""
     page = _page()
-    missing = page[page.index("Not built yet:") : page.index("## Where")]
+    missing = page[page.index("Not built yet:") : page.index("\n## License")]
     source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     names = set(re.findall(r"`([A-Z]\w+)`", missing))
     assert [name for name in names if re.search(rf"^class {name}\b", source, re.MULTILINE)] == []
@@ -476,4 +376,5 @@ def test_what_is_called_missing_is_missing() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(_with_tables(_page()), encoding="utf-8")
+    for place in PAGES:
+        place.write_text(with_tables(place.read_text(encoding="utf-8")), encoding="utf-8")
