@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 from bio_inspired_nanochat.config import SynapticConfig
@@ -70,13 +71,19 @@ def _comparison() -> str:
     vanilla, rows = found["quality"]["rows"][0]["losses"], []
     for row in found["quality"]["rows"]:
         cost = costs.get(row["model"], {})
-        difference = "" if row["model"] == "vanilla" else f"\N{MINUS SIGN}{(sum(vanilla) - sum(row['losses'])) / len(vanilla):.4f}"
+        difference = "" if row["model"] == "vanilla" else _less(vanilla, row["losses"])
         flags = f"`{row['flags']}`"
         rows.append(
             [row["model"], flags, *(f"{loss:.4f}" for loss in row["losses"]), difference, cost.get("time", ""), cost.get("memory", "")]
         )
     columns = ["model", "flags", "loss, seed 0", "seed 1", "mean difference", "time", "memory"]
     return markdown_table([[str(cell) for cell in row] for row in rows], columns)
+
+
+def _less(vanilla: list[float], losses: list[float]) -> str:
+    """The mean difference of losses that are less than vanilla's, halves rounded up."""
+    difference = sum(Decimal(str(one)) for one in vanilla) - sum(Decimal(str(one)) for one in losses)
+    return f"\N{MINUS SIGN}{(difference / len(vanilla)).quantize(Decimal('0.0001'), ROUND_HALF_UP)}"
 
 
 def _course() -> str:

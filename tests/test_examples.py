@@ -19,6 +19,7 @@ from bio_inspired_nanochat.tuning.stack import obstacle
 from tests import contract, forked
 from tests import test_contracts as contracts
 from tests.contract import SIZES, make_ids, make_model
+from tests.training.tiny import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples/dendrites.py"
@@ -140,11 +141,10 @@ def test_names_of_the_package_are_taken() -> None:
 
 def test_training_from_the_command_line_learns_it_and_a_checkpoint_needs_its_file(tmp_path: Path) -> None:
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "OMP_NUM_THREADS": "1"}
-    tiny = "--depth=1 --n_embd=32 --head_dim=16 --max_seq_len=64 --vocab_size=280 --num_iterations=2 --device_batch_size=2 --device=cpu"
-    words = f"-m scripts.base_train {tiny} --total_batch_size=128 --eval_every=0 --eval_tokens=128 --sample_every=0 --checkpoint_dir=models"
-    done = forked.run([*words.split(), "--synapses=1", "--syn_cfg.extra=dendrites"], cwd=tmp_path, env=environment)
+    words = flags(tmp_path, depth=1, num_iterations=4, device_batch_size=2, eval_tokens=128, vitals_every=0)
+    done = forked.run(["-m", "scripts.base_train", *words, "--synapses=1", "--syn_cfg.extra=dendrites"], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    (folder,) = (tmp_path / "models").iterdir()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
     model = GPT.from_checkpoint(folder)
     assert model.blocks[0].attn.synapse.extra["dendrites"].gain.abs().max() > 0
     del environment["NANOCHAT_MECHANISMS"]

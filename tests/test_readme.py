@@ -193,9 +193,10 @@ HANDLERS: dict[tuple[str, ...], Handler] = {
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[Session]:
-    """A folder with a user's notes.txt in it, served over HTTP."""
+    """A folder with a user's notes.txt in it and the examples of the repository, served over HTTP."""
     texts = [" ".join(WORDS[(i * j + j * j) % len(WORDS)] for j in range(10 + i % 40)) + "." for i in range(300)]
     (tmp_path / "notes.txt").write_text("\n\n".join(texts))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

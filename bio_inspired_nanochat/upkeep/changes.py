@@ -24,7 +24,12 @@ _OTHERS = {
     "scripts/env.sh": ("tests/test_environment.py",),
     "tests/run.sh": ("tests/test_environment.py",),
 }
-_FOLDERS = {"rust_src/": "tests/test_rust.py", "notebooks/": "tests/test_notebooks.py"}
+_FOLDERS = {
+    "rust_src/": ("tests/test_rust.py",),
+    "notebooks/": ("tests/test_notebooks.py",),
+    "docs/": ("tests/test_readme.py",),
+    "examples/": ("tests/test_examples.py", "tests/test_readme.py"),
+}
 
 
 def git(root: Path, *words: str) -> str:
@@ -114,8 +119,8 @@ def tests_of(root: Path, changed: Iterable[str], narrow: bool) -> list[str]:
     for path in changed:
         found.update(name for name in _OTHERS.get(path, ()) if (root / name).exists())
         for folder, tests in _FOLDERS.items():
-            if path.startswith(folder) and (root / tests).exists():
-                found.add(tests)
+            if path.startswith(folder):
+                found.update(name for name in tests if (root / name).exists())
         if path.endswith("conftest.py") and path.startswith("tests/"):
             found.update(name for name in imports if _is_test(name) and name.startswith(path.removesuffix("conftest.py")))
         elif path.endswith(".py"):
