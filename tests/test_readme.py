@@ -36,6 +36,7 @@ from tests.training.tiny import WORDS
 
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("training", "chat", "knobs", "vitals", "evaluation", "reference")))
 PACKAGE = ROOT / "bio_inspired_nanochat"
+PRELOAD = (*forked.SCRIPTS, "matplotlib.backends.backend_agg")  # which draws the pictures at the end of each training
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # set by torchrun, not by people
 
 
@@ -52,9 +53,9 @@ def _blocks(language: str, page: str) -> list[str]:
 
 
 def _commands(page: str) -> list[str]:
-    """The lines of all bash blocks in order, continued lines joined."""
+    """The lines of all bash blocks in order, continued lines joined, without comments."""
     lines = "\n".join(_blocks("bash", page)).replace("\\\n", " ").splitlines()
-    return [line for line in lines if shlex.split(line, comments=True)]
+    return [re.sub(r"\s+# .*", "", line) for line in lines if shlex.split(line, comments=True)]
 
 
 def _first_column(heading: str, page: str) -> list[str]:
@@ -82,7 +83,7 @@ class Session:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
         place = {"cwd": folder or self.folder, "env": environment | variables, "timeout": 240}
         if words[0] == sys.executable and self.records:
-            done = forked.run(words[1:], **place)
+            done = forked.run(words[1:], **place, preload=PRELOAD)
         else:
             done = subprocess.run(words, **place, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -347,7 +348,7 @@ def test_the_picture_was_drawn_from_the_figures_of_the_table(tmp_path: Path) -> 
     picture = (DOCS / "results.png").read_bytes()
     assert digest in picture, "run python docs/draw_results.py"
     assert len(picture) < 150_000
-    done = forked.run(["-m", "docs.draw_results", f"--out={tmp_path / 'again.png'}"])
+    done = forked.run(["-m", "docs.draw_results", f"--out={tmp_path / 'again.png'}"], preload=PRELOAD)
     assert done.returncode == 0 and json.loads(done.stdout)["bytes"] > 10_000, done.stderr
     assert digest in (tmp_path / "again.png").read_bytes()
 
