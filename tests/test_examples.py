@@ -104,6 +104,7 @@ def test_the_registry_treats_it_like_its_own() -> None:
         both = config_with("dendrites", "second")
         assert (both.extra, both.barrier) == (("dendrites", "second"), "gated")
         assert config_without(both, "dendrites").extra == ("second",)
+        assert active_mechanisms(config_with("second")) == ["barrier_gated", "second"]
         assert active_mechanisms(config_with("dendrites")) == ["barrier_gated", "dendrites"]
     finally:
         del MECHANISMS["second"]

@@ -120,7 +120,10 @@ def _echo(session: Session, line: str, words: list[str], variables: dict[str, st
 def _torchrun(session: Session, line: str, words: list[str], variables: dict[str, str]) -> None:
     start = words.index("-m")
     options = _replaced(words[1:start], {"nproc_per_node": 2}, add=False)
-    launch = get_args_parser().parse_args([*options, *words[start:]])  # ends the process at a flag that torchrun does not know
+    try:
+        launch = get_args_parser().parse_args([*options, *words[start:]])
+    except SystemExit:
+        pytest.fail(f"torchrun does not know a flag of README.md: {line}")
     assert launch.module and launch.standalone, line
     module, world = launch.training_script, int(launch.nproc_per_node)
 
@@ -236,6 +239,8 @@ def test_every_command_runs_in_the_order_of_the_page(session: Session) -> None:
         "bash setup.sh",
         "cd data && ls",
         "source other/activate",
+        "torchrun --standalone --nprocs=2 -m scripts.base_train",
+        "torchrun --nproc_per_node=2 -m scripts.base_train",
     ],
 )
 def test_a_command_that_would_not_be_run_is_found(line: str, tmp_path: Path) -> None:
@@ -248,6 +253,11 @@ def test_a_command_that_fails_is_found(before: dict[str, dict], tmp_path: Path) 
     for words in (["prepare_data", "--inptu=x"], ["prepare_data", "--input=nowhere.txt", "--out=y"])[: 1 + len(before)]:
         with pytest.raises(AssertionError, match="exit code 2"):
             Session(tmp_path, records=before).execute(f"python -m scripts.{shlex.join(words)}")
+
+
+def test_a_rank_that_fails_is_found(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="exit code 1"):
+        Session(tmp_path, records={"another": {}}).execute("torchrun --standalone --nproc_per_node=2 -m scripts.base_train -- --dpeth=1")
 
 
 def test_the_python_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,11 @@ def config_without(config: SynapticConfig, name: str) -> SynapticConfig:
     """The ablation of one mechanism: `config` with its off values. Raises UserError for an unknown name."""
     closure(name)
     own = MECHANISMS[name]
-    left = {field: tuple(one for one in getattr(config, field) if one not in own.on[field]) for field in own.off if own.off[field] == ()}
-    return dataclasses.replace(config, **own.off | left)
+    values: dict[str, Any] = dict(own.off)
+    for field, off in own.off.items():
+        if isinstance(off, tuple):
+            values[field] = tuple(one for one in getattr(config, field) if one not in own.on[field])
+    return dataclasses.replace(config, **values)
 
 
 def active_mechanisms(config: SynapticConfig) -> list[str]:
