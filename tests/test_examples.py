@@ -50,6 +50,7 @@ def test_it_keeps_the_contracts_of_a_model(tmp_path: Path) -> None:
     contracts.test_ragged_rows_equal_each_row_alone("dendrites", "documents")
     contracts.test_state_copies_and_files_continue_the_same("dendrites", "window", tmp_path)
     contracts.test_every_parameter_has_a_role_and_a_gradient("dendrites")
+    assert {role for name, role in make_model("dendrites").param_roles().items() if ".extra." in name} == {"gate"}
 
 
 def test_the_contracts_see_a_drive_that_knows_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +80,8 @@ def test_its_gradients_match_finite_differences() -> None:
 
 def test_it_is_absent_at_birth_and_moves_the_output_once_it_has_learned() -> None:
     ids = make_ids()
-    without = GPT(GPTConfig(**SIZES, synapses=True)).eval()
-    newborn = GPT(GPTConfig(**SIZES, synapses=True, syn_cfg=WITH)).eval()
-    assert torch.equal(newborn(ids), without(ids))
+    newborn = make_model("dendrites", live=False)
+    assert torch.equal(newborn(ids), make_model("default", live=False)(ids))
     assert not torch.equal(*[GPT(newborn.config, seed=s).blocks[0].attn.synapse.extra["dendrites"].branches for s in (0, 1)])
     live = make_model("dendrites")
     moved = live(ids)
