@@ -80,10 +80,15 @@ def _comparison() -> str:
     return markdown_table([[str(cell) for cell in row] for row in rows], columns)
 
 
+def rounded(value: float | Decimal, unit: str) -> Decimal:
+    """A value as it is written down, to a unit like 0.01, halves away from zero."""
+    return Decimal(str(value)).quantize(Decimal(unit), ROUND_HALF_UP)
+
+
 def _less(vanilla: list[float], losses: list[float]) -> str:
-    """The mean difference of losses that are less than vanilla's, halves rounded up."""
+    """The mean difference of losses that are less than vanilla's."""
     difference = sum(Decimal(str(one)) for one in vanilla) - sum(Decimal(str(one)) for one in losses)
-    return f"\N{MINUS SIGN}{(difference / len(vanilla)).quantize(Decimal('0.0001'), ROUND_HALF_UP)}"
+    return f"\N{MINUS SIGN}{rounded(difference / len(vanilla), '0.0001')}"
 
 
 def _course() -> str:

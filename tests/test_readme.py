@@ -30,7 +30,7 @@ from bio_inspired_nanochat.training.speedrun import VARIABLES
 from bio_inspired_nanochat.upkeep.guard import GuardConfig
 from tests import forked
 from tests.readme_commands import MORE_STEPS, STEPS, TINY
-from tests.readme_tables import DOCS, GENERATED, RESULTS, ROOT, between, tree, with_tables
+from tests.readme_tables import DOCS, GENERATED, RESULTS, ROOT, between, rounded, tree, with_tables
 from tests.test_architecture import LAYERS
 from tests.training.tiny import WORDS
 
@@ -363,11 +363,15 @@ def test_the_picture_was_drawn_from_the_figures_of_the_table(tmp_path: Path) -> 
     assert digest in (tmp_path / "again.png").read_bytes()
 
 
-def test_vanillas_figures_are_those_of_the_results() -> None:
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["quality"]["rows"]
+def test_the_figures_of_the_first_page_are_those_of_the_results() -> None:
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
     measured = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    missing = [row["model"] for row in rows if not re.search(r"\| " + r" \| ".join(f"{loss:.4f}" for loss in row["losses"]), measured)]
-    assert set(missing) <= {"default, ticks of 16"}, missing
+    losses = [" | ".join(f"{loss:.4f}" for loss in row["losses"]) for row in found["quality"]["rows"]]
+    costs = [f"({rounded(row[kind], '0.01')} \N{MULTIPLICATION SIGN})" for row in found["cost"]["rows"] for kind in ("time", "memory")]
+    assert [text for text in losses if f"| {text} |" not in measured] == []
+    assert [text for text in (*costs, found["cost"]["command"]) if text not in measured] == []
+    quoted = re.findall(r"\b2\.\d{4}\b", PAGES[0].read_text(encoding="utf-8"))
+    assert [loss for loss in quoted if loss not in measured] == []
 
 
 def test_flags_in_the_text_exist() -> None:
