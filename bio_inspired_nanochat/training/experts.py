@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,13 @@ class Ballots:
     def __init__(self) -> None:
         self.cast: deque[Ballot] = deque(maxlen=MOST_BALLOTS)
 
-    def state_dict(self) -> list[list[float]]:
-        """As JSON types: health, split, ended."""
-        return [[ballot.health, int(ballot.split), int(ballot.ended)] for ballot in self.cast]
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON types: health, split and ended of each."""
+        return {"cast": [[ballot.health, int(ballot.split), int(ballot.ended)] for ballot in self.cast]}
 
-    def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.cast = deque((Ballot(health, bool(split), bool(ended)) for health, split, ended in state), maxlen=MOST_BALLOTS)
+        self.cast = deque((Ballot(health, bool(split), bool(ended)) for health, split, ended in state["cast"]), maxlen=MOST_BALLOTS)
 
 
 class ExpertKeeper:

@@ -82,7 +82,7 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, kind):
             events = [read_lineage(each["log_dir"]) for each in (whole, record)]
             between = [event for event in events[0] if stops[0] < event["step"] <= (stops[1] if stops[1:] else 7)]
             assert events[0] == events[1] and between, "events of the life cycle lie between the stops"
-            assert load_checkpoint(Path(record["checkpoint"])).meta["loop"]["ballots"], "what was decided before the stops is kept"
+            assert load_checkpoint(Path(record["checkpoint"])).meta["loop"]["ballots"]["cast"], "what was decided before the stops is kept"
 
 
 def test_what_has_state_is_registered_once_and_all_of_it(tmp_path, monkeypatch):
