@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bio_inspired_nanochat.config.knobs import REQUIRED, Knob
@@ -50,7 +51,7 @@ class Mechanism:
     any_of: tuple[str, ...] = ()
     experts: bool = False
 
-    @property
+    @cached_property
     def fields(self) -> frozenset[str]:
         """Every field that belongs to the mechanism: its switches and its knobs."""
         return frozenset(self.on) | frozenset(self.off) | frozenset(self.knobs)

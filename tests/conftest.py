@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 import shutil
@@ -30,6 +32,18 @@ def _fixed_seeds() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+def pytest_collection() -> None:
+    """No garbage collection while modules are imported and tests are made: nearly all of that stays."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Later collections, one for every training run, do not walk over what was imported and collected."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # libraries look at the end for what was not freed
 
 
 def chromium() -> str | None:
