@@ -15,18 +15,14 @@ os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
-import numpy as np
 import pytest
-import torch
-
-torch.set_num_threads(1)
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> Iterator[None]:
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -34,9 +30,20 @@ def _fixed_seeds() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def pytest_collection() -> None:
-    """No garbage collection while modules are imported and tests are made: nearly all of that stays."""
+def pytest_collection(session: pytest.Session) -> None:
+    """Before any test module is imported. The process that hands tests out to others needs nothing of this and starts sooner so.
+
+    There is no garbage collection while modules are imported and tests are made: nearly all of that stays.
+    """
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
     gc.disable()
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
@@ -54,6 +61,8 @@ def chromium() -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
+    import torch
+
     lacking = {}
     if not torch.cuda.is_available():
         lacking["gpu"] = "needs a CUDA device"

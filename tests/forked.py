@@ -25,7 +25,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("torch._dynamo", "torch.distributed.run", "tyro", "rich.progress", "scripts.base_train", "scripts.tune_bio_params")
+# What a training run loads, some of it only when it is first needed.
+LIBRARIES = [
+    "torch._dynamo",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "pandas",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
+SCRIPTS = (*LIBRARIES, "tyro.constructors", "rich.progress", "scripts.base_train", "scripts.tune_bio_params")
 
 
 def run(
@@ -111,6 +120,7 @@ def _serve(preload: Sequence[str]) -> None:
         for pid in pids:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # keeps its number until the last one has ended
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+    gc.unfreeze()  # libraries look at the end for what was not freed
 
 
 def _become(request: dict) -> None:
