@@ -101,6 +101,10 @@ def test_kernels_equal_the_reference_in_the_interpreter():
     )
 
 
+def test_memory_that_nothing_has_written_is_not_a_number_in_the_interpreter():
+    run_interpreted("assert torch.empty(1000).isnan().all() and torch.zeros(1).new_empty(1000).isnan().all()")
+
+
 def test_every_part_of_a_terminal_is_in_a_case():
     used = {name for cfg in CASES.values() for name, value in _params(cfg).items() if isinstance(value, torch.Tensor)}
     assert used == set(PresynParams._fields) - {"tick", "beta_max", "epsilon", "endo_slots", "lateral_window", "sampler"}
