@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 import shutil
@@ -13,23 +15,42 @@ os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
-import numpy as np
 import pytest
-import torch
-
-torch.set_num_threads(1)
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> Iterator[None]:
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Before any test module is imported. The process that hands tests out to others needs nothing of this and starts sooner so.
+
+    There is no garbage collection while modules are imported and tests are made: nearly all of that stays.
+    """
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
+    gc.disable()
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Later collections, one for every training run, do not walk over what was imported and collected."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # libraries look at the end for what was not freed
 
 
 def chromium() -> str | None:
@@ -40,6 +61,8 @@ def chromium() -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
+    import torch
+
     lacking = {}
     if not torch.cuda.is_available():
         lacking["gpu"] = "needs a CUDA device"

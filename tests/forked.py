@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -24,7 +25,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("torch._dynamo", "torch.distributed.run", "tyro", "rich.progress", "scripts.base_train", "scripts.tune_bio_params")
+# What a training run loads, some of it only when it is first needed.
+LIBRARIES = [
+    "torch._dynamo",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "pandas",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
+SCRIPTS = (*LIBRARIES, "tyro.constructors", "rich.progress", "scripts.base_train", "scripts.tune_bio_params")
 
 
 def run(
@@ -41,17 +51,38 @@ def run(
     A process that a signal ended has the exit code -signal. Raises subprocess.TimeoutExpired after `timeout` seconds, when it has been
     killed.
     """
+    return run_together(words, [os.environ if env is None else env], cwd, timeout, preload, at_import)[0]
+
+
+def run_together(
+    words: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    preload: tuple[str, ...] = SCRIPTS,
+    at_import: tuple[tuple[str, str], ...] = (),
+) -> list[subprocess.CompletedProcess]:
+    """As `run`, but a process at the same time in each of these environments."""
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        request = {"words": list(words), "cwd": str(cwd), "env": dict(os.environ if env is None else env), "out": str(out), "err": str(err)}
+        places = [(Path(folder, f"out{i}"), Path(folder, f"err{i}")) for i in range(len(environments))]
+        requests = [
+            {"words": list(words), "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err)}
+            for env, (out, err) in zip(environments, places, strict=True)
+        ]
         server = _server(preload, at_import)
-        pid = int(_ask(server, request))
+        pids = json.loads(_ask(server, requests))
         if not select.select([server.stdout], [], [], timeout)[0]:
-            os.kill(pid, signal.SIGKILL)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)  # one that has ended is there, too, until the server has waited for all
             server.stdout.readline()
-            raise subprocess.TimeoutExpired(list(words), timeout, out.read_bytes(), err.read_bytes())
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(list(words), code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+            raise subprocess.TimeoutExpired(
+                list(words), timeout, *(b"".join(path.read_bytes() for path in of) for of in zip(*places, strict=True))
+            )
+        codes = json.loads(server.stdout.readline())
+        return [
+            subprocess.CompletedProcess(list(words), code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+            for code, (out, err) in zip(codes, places, strict=True)
+        ]
 
 
 @functools.cache
@@ -64,25 +95,32 @@ def _server(preload: tuple[str, ...], at_import: tuple[tuple[str, str], ...]) ->
     return server
 
 
-def _ask(server: subprocess.Popen, request: dict[str, object]) -> bytes:
+def _ask(server: subprocess.Popen, requests: list[dict[str, object]]) -> bytes:
     """The first line of the answer. Nothing is read ahead, so that `select` sees whether there is a second one."""
-    server.stdin.write(json.dumps(request).encode() + b"\n")
+    server.stdin.write(json.dumps(requests).encode() + b"\n")
     line = server.stdout.readline()
     assert line, f"the process that forks has ended (exit code {server.wait()})"
     return line
 
 
 def _serve(preload: Sequence[str]) -> None:
-    """Fork for each line of standard input; answer with the fork's number at once and with its exit code when it has ended."""
+    """Fork for each request of a line of standard input; answer with the forks' numbers at once and with their exit codes at the end."""
     for name in preload:
         importlib.import_module(name)
     assert threading.active_count() == 1, "threads do not survive a fork"
+    gc.freeze()  # a fork that collects garbage neither walks over what it was born with nor copies it
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            _become(json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        pids = []
+        for request in json.loads(line):
+            pid = os.fork()
+            if pid == 0:
+                _become(request)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+        for pid in pids:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # keeps its number until the last one has ended
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+    gc.unfreeze()  # libraries look at the end for what was not freed
 
 
 def _become(request: dict) -> None:

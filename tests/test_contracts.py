@@ -1,6 +1,7 @@
 """What every model must keep, whatever mechanisms are on: causality, purity, independence, training equals decoding."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms
 from bio_inspired_nanochat.synaptic import SynapseState
 from tests.contract import BACKENDS, MODELS, SIZES, SYNAPSES, make_ids, make_model, needed_by
 
@@ -17,6 +19,9 @@ ALL = [(synapses, "plain") for synapses in SYNAPSES]
 ALL += [(synapses, model) for synapses in ("default", "all", "all_hebb") for model in MODELS if model != "plain"]
 variants = pytest.mark.parametrize("synapses, model", ALL, ids=[f"{s}-{m}" for s, m in ALL])
 backends = pytest.mark.parametrize("backend", BACKENDS)
+MIXED = [[], [3, 4, 5, 17, 32], [8, 16, 24], [1, 39]]
+# Every token alone takes most of the time, and is the same operators as single tokens among chunks: by one execution only.
+CHUNKINGS = {"reference": MIXED, "sdpa": [*MIXED, list(range(1, 40))]}
 
 
 def build(synapses, model="plain", **overrides):
@@ -33,6 +38,19 @@ def baseline(synapses, model="plain", **overrides):
     return make_model("vanilla", **{**needed_by(synapses), **MODELS[model], **overrides})
 
 
+@functools.cache
+def shared(synapses, model, backend):
+    """A variant and what it makes of `make_ids()`, for tests that only run it: that this leaves it as it was is a test of its own."""
+    net = build(synapses, model, backend=backend)
+    return net, net(make_ids()).detach()
+
+
+@functools.cache
+def vanilla_logits(experts, model, backend):
+    """What the baseline of a variant with or without experts of its own makes of `make_ids()`."""
+    return baseline("bank" if experts else "default", model, backend=backend)(make_ids()).detach()
+
+
 def assert_near(a, b, tolerance=1e-5):
     bound = tolerance * b.abs().clamp(min=1)
     assert torch.all((a - b).abs() <= bound), f"largest difference {(a - b).abs().max():.2e}"
@@ -47,25 +65,24 @@ def decode(model, ids, cuts, max_len=None):
 @variants
 @backends
 def test_prefill_equals_decode_equals_any_chunking(synapses, model, backend):
-    net, ids = build(synapses, model, backend=backend), make_ids()
-    whole = net(ids)
-    for cuts in ([], list(range(1, 40)), [3, 4, 5, 17, 32], [8, 16, 24], [1, 39]):
+    (net, whole), ids = shared(synapses, model, backend), make_ids()
+    for cuts in CHUNKINGS[backend]:
         logits, state = decode(net, ids, cuts)
         assert_near(logits, whole)
         assert state.pos.tolist() == [40, 40]
 
 
-def causality_gap(net, ids, changed):
-    other = ids.clone()
+def causality_gap(net, whole, changed):
+    other = make_ids()
     other[:, changed:] = (other[:, changed:] + 1) % SIZES["vocab_size"]
-    return (net(ids)[:, :changed] - net(other)[:, :changed]).abs().max().item()
+    return (whole[:, :changed] - net(other)[:, :changed]).abs().max().item()
 
 
 @variants
 @backends
 @pytest.mark.parametrize("changed", [1, 13, 39])
 def test_the_future_never_changes_the_past(synapses, model, backend, changed):
-    gap = causality_gap(build(synapses, model, backend=backend), make_ids(), changed)
+    gap = causality_gap(*shared(synapses, model, backend), changed)
     assert gap <= (1e-5 if routed(synapses, model) else 0.0)
 
 
@@ -77,27 +94,29 @@ def test_the_causality_test_catches_a_leak(monkeypatch):
         return torch.cat([beta[:, :, 1:], beta[:, :, -1:]], dim=2), after
 
     monkeypatch.setattr("bio_inspired_nanochat.synaptic.attention.presyn", leaking)
-    assert causality_gap(build("presyn"), make_ids(), 13) > 1e-4
+    net = build("presyn")
+    assert causality_gap(net, net(make_ids()), 13) > 1e-4
 
 
 @variants
 @backends
 def test_appended_tokens_change_nothing(synapses, model, backend):
-    net, ids = build(synapses, model, backend=backend), make_ids()
+    (net, whole), ids = shared(synapses, model, backend), make_ids()
     for length in (1, 7, 21):
-        assert_near(net(ids)[:, :length], net(ids[:, :length]))
+        assert_near(whole[:, :length], net(ids[:, :length]))
 
 
 @variants
 def test_a_batch_neighbour_never_changes_a_row(synapses, model):
     net, ids = build(synapses, model), make_ids(batch=3)
-    assert_near(net(ids)[1:2], net(ids[1:2]))
+    whole = net(ids)
+    assert_near(whole[1:2], net(ids[1:2]))
     shuffled = ids.clone()
     shuffled[[0, 2]] = make_ids(batch=2, seed=9)
     if routed(synapses, model):
-        assert_near(net(ids)[1], net(shuffled)[1])
+        assert_near(whole[1], net(shuffled)[1])
     else:
-        assert torch.equal(net(ids)[1], net(shuffled)[1])
+        assert torch.equal(whole[1], net(shuffled)[1])
 
 
 @variants
@@ -109,15 +128,22 @@ def test_evaluating_twice_gives_the_same_bits_and_changes_nothing(synapses, mode
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("synapses", [s for s in SYNAPSES if s != "vanilla"])
-@pytest.mark.parametrize("model", list(MODELS))
+# Together these have every mechanism, those included that exclude each other: each meets each kind of model.
+EVERY_MECHANISM = ("default", "all", "all_hebb", "all_fast", "barrier_linear", "genome_xi")
+GAINS = [(s, m) for s in SYNAPSES for m in MODELS if s != "vanilla" and (m == "plain" or s in EVERY_MECHANISM)]
+
+
+def test_every_mechanism_meets_every_kind_of_model_without_gains():
+    assert set(MECHANISMS) == {name for s in EVERY_MECHANISM for name in active_mechanisms(SYNAPSES[s])}
+
+
+@pytest.mark.parametrize(("synapses", "model"), GAINS)
 def test_zero_gains_reproduce_vanilla_logits_exactly(synapses, model):
     ids = make_ids()
-    vanilla = baseline(synapses, model, backend="reference")
     synaptic = build(synapses, model, backend="reference").zero_gains()
-    assert torch.equal(vanilla(ids), synaptic(ids))
+    assert torch.equal(vanilla_logits(bool(needed_by(synapses)), model, "reference"), synaptic(ids))
     fast = build(synapses, model, backend="sdpa").zero_gains()
-    assert_near(fast(ids), baseline(synapses, model, backend="sdpa")(ids))
+    assert_near(fast(ids), vanilla_logits(bool(needed_by(synapses)), model, "sdpa"))
 
 
 def test_switched_off_equals_absence_bit_for_bit():
@@ -147,7 +173,7 @@ def test_first_tick_equals_vanilla_without_a_barrier(synapses):
 def test_ragged_rows_equal_each_row_alone(synapses, model):
     net, ids = build(synapses, model), make_ids(batch=3, length=30)
     lengths = [[5, 9, 2], [1, 1, 1], [3, 7, 6], [9, 2, 4]]
-    state = net.init_state(3, 30)
+    state, alone = net.init_state(3, 30), [net(ids[row : row + 1])[0] for row in range(3)]
     for counts in lengths:
         begin = state.pos.tolist()
         chunk = torch.zeros(3, max(counts), dtype=torch.long)
@@ -155,8 +181,7 @@ def test_ragged_rows_equal_each_row_alone(synapses, model):
             chunk[row, :count] = ids[row, begin[row] : begin[row] + count]
         logits = net.step(chunk, state, counts)
         for row, count in enumerate(counts):
-            alone = net(ids[row : row + 1, : begin[row] + count])[0, begin[row] :]
-            assert_near(logits[row, :count], alone)
+            assert_near(logits[row, :count], alone[row][begin[row] : begin[row] + count])
 
 
 @pytest.mark.parametrize("synapses", ["default", "lateral", "all", "all_hebb", "all_fast"])

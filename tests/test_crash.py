@@ -19,14 +19,13 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import Callback, train
 from bio_inspired_nanochat.training import run as run_module
 from bio_inspired_nanochat.training.loop import Trainer
+from tests import forked
 from tests.training.launch import ENV, ROOT
 from tests.training.tiny import flags, small
 
 
 def test_the_last_good_checkpoint_survives_kills_at_every_moment_a_full_disk_and_missing_rights():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.crash"], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = forked.run(["-m", "tests.crash"], env=ENV, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     scenes = json.loads(done.stdout.splitlines()[-1])
     assert len(scenes) == 6 and not any(scenes.values()), scenes

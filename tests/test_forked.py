@@ -52,6 +52,21 @@ def test_one_that_takes_too_long_is_killed_and_the_next_one_runs(place):
     assert forked.run(["-c", "print(1)"], **place, preload=()).stdout == "1\n"
 
 
+def test_several_run_at_the_same_time_and_answer_in_their_order(place):
+    meet = "import os, pathlib, time\nme, other = os.environ['WORD'].split()\npathlib.Path(me).touch()\n"
+    meet += "while not pathlib.Path(other).exists(): time.sleep(0.01)\nprint(me); raise SystemExit(me == 'b')"
+    environments = [place["env"] | {"WORD": word} for word in ("a b", "b a")]
+    ended = forked.run_together(["-c", meet], environments, cwd=place["cwd"], timeout=60, preload=())
+    assert [(one.returncode, one.stdout) for one in ended] == [(0, "a\n"), (1, "b\n")]
+
+
+def test_of_several_one_that_takes_too_long_ends_all(place):
+    code = "import os, time; time.sleep(0 if os.environ['WORD'] == 'a' else 60)"
+    with pytest.raises(subprocess.TimeoutExpired):
+        forked.run_together(["-c", code], [{"WORD": "a"}, {"WORD": "b"}], cwd=place["cwd"], timeout=0.5, preload=())
+    assert forked.run(["-c", "print(1)"], **place, preload=()).stdout == "1\n"
+
+
 def test_nothing_of_a_fork_reaches_the_next_one(place):
     forked.run(["-c", "import os, sys; os.environ['WORD'] = sys.path[0] = 'red'; sys.modules['json'] = None"], **place, preload=())
     assert forked.run(["-c", "import os, json; print(os.environ['WORD'])"], **place, preload=()).stdout == "blue\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bio_inspired_nanochat.config.mechanisms import EXPERT_MECHANISMS, LIFE_CYCLE
@@ -36,7 +37,7 @@ class Mechanism:
     experts: bool = False
     build: Callable[[GPTConfig], nn.Module] | None = None
 
-    @property
+    @cached_property
     def fields(self) -> frozenset[str]:
         """Every field that belongs to the mechanism: its switches and its knobs."""
         return frozenset(self.on) | frozenset(self.off) | frozenset(self.knobs)

@@ -146,16 +146,20 @@ def frozen_garbage() -> Iterator[FrozenGarbage]:
 
 
 class FrozenGarbage:
-    """`freeze` takes all present objects out of the collector's sight, so that no step waits while it walks over them."""
+    """`freeze` takes all present objects out of the collector's sight, so that no step waits while it walks over them.
+
+    In a process that has frozen objects itself, it only collects: what is frozen can be thawed only all together.
+    """
 
     def __init__(self) -> None:
         self._frozen = False
 
     def freeze(self) -> None:
-        """Collect once, then freeze what is left."""
+        """Collect once, then freeze what is left, unless something is frozen already."""
         gc.collect()
-        gc.freeze()
-        self._frozen = True
+        if not gc.get_freeze_count():
+            gc.freeze()
+            self._frozen = True
 
     def thaw(self) -> None:
         """Undo `freeze`."""

@@ -8,7 +8,7 @@ import pytest
 from bio_inspired_nanochat.benchmarks.scaling import traffic_of
 from bio_inspired_nanochat.benchmarks.timing import Course
 from scripts import bench_cpu, bench_decode, bench_kernels, bench_memory, bench_scaling, bench_train
-from tests.launcher import PATIENCE, torchrun
+from tests.training.launch import PATIENCE, run_ranks
 
 KERNELS = ["--device=cpu", "--seconds=0", "--head_dim=16", "--context=32,17", "--tick=8"]
 TRAIN = ["--device=cpu", "--seconds=0", "--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--vocab_size=300"]
@@ -217,11 +217,11 @@ def test_memory_is_compared_with_attention(capsys):
 @pytest.mark.timeout(2 * PATIENCE)
 def test_several_processes_are_compared_with_one():
     sizes = [word for word in TRAIN if not word.startswith("--depth")]
-    *lines, last = torchrun(
-        2, "scripts.bench_scaling", "--", *sizes, "--depth=2", "--models=vanilla,synaptic", "--steps=1", "--accumulation=2"
-    ).splitlines()
+    words = [*sizes, "--depth=2", "--models=vanilla,synaptic", "--steps=1", "--accumulation=2"]
+    said, nothing = run_ranks(2, "scripts.bench_scaling", "--", *words)
+    *lines, last = said.splitlines()
     record = json.loads(last)
-    assert record["world"] == 2 and record["tokens_per_step"] == 2 * 2 * 2 * 32
+    assert nothing == "" and record["world"] == 2 and record["tokens_per_step"] == 2 * 2 * 2 * 32
     assert set(record["efficiency"]) == {"vanilla", "synaptic"} and len(record["results"]) == 4
     for row in record["results"]:
         assert record["efficiency"][row["model"]][row["parallel"]] == row["efficiency"] and row["rounds"] >= 3

@@ -50,7 +50,8 @@ def compare(name: str, device: str, ticks: int = 6, keys: int = 20) -> None:
     cfg = dataclasses.replace(CASES[name], stochastic_train_frac=0.5 if name == "full" else 0.0)
     noisy = name == "full"
     values, grads = run(cfg, "sdpa", device, torch.float32, ticks, keys, noisy)
-    again, grads_again = run(cfg, "sdpa", device, torch.float32, ticks, keys, noisy)
+    # the interpreter runs the programs of a grid in a row, so that only a GPU can give other bits
+    again, grads_again = run(cfg, "sdpa", device, torch.float32, ticks, keys, noisy) if device == "cuda" else (values, grads)
     wanted, wanted_grads = run(cfg, "reference", device, torch.float64, ticks, keys, noisy)
     for key, value in wanted.items():
         torch.testing.assert_close(values[key].double(), value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{name} {key}: {text}")
@@ -63,7 +64,7 @@ def compare(name: str, device: str, ticks: int = 6, keys: int = 20) -> None:
         assert torch.equal(grads[key], grads_again[key]), key
 
 
-def compare_young(device: str, ticks: int = 9, keys: int = 280) -> None:
+def compare_young(device: str, ticks: int = 7, keys: int = 200) -> None:
     """Skipping the ticks before a key's birth changes neither bias nor gradients, given a drive that is zero there."""
     module = Presynaptic(GPTConfig(n_head=2, n_kv_head=2, synapses=True, syn_cfg=dataclasses.replace(CASES["recycling"], tick=32)))
     module.init_weights()
@@ -85,7 +86,7 @@ def compare_young(device: str, ticks: int = 9, keys: int = 280) -> None:
 
 @pytest.mark.gpu
 def test_skipping_unborn_keys_changes_nothing_on_the_gpu():
-    compare_young("cuda")
+    compare_young("cuda", ticks=9, keys=280)
 
 
 @pytest.mark.gpu
@@ -98,6 +99,10 @@ def test_kernels_equal_the_reference_in_the_interpreter():
     run_interpreted(
         "from tests.kernels.test_presyn_triton import CASES, compare, compare_young\nfor name in ('core', 'recycling', 'full'): compare(name, 'cpu')\ncompare_young('cpu')"
     )
+
+
+def test_memory_that_nothing_has_written_is_not_a_number_in_the_interpreter():
+    run_interpreted("assert torch.empty(1000).isnan().all() and torch.zeros(1).new_empty(1000).isnan().all()")
 
 
 def test_every_part_of_a_terminal_is_in_a_case():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bio_inspired_nanochat.study.matrix import SETS, Matrix, build_matrix
 from bio_inspired_nanochat.study.plan import PlanConfig, make_matrix_plan
 from tests.training.tiny import corpus
 
@@ -28,6 +30,13 @@ TINY: dict[str, Any] = {
     "tok_per_s": 1e9,
     "data_dir": str(corpus()),
 }
+
+
+@cache
+def full() -> Matrix:
+    """The matrix of all sets."""
+    return build_matrix(list(SETS))
+
 
 # What a pretended run does: `behave(run)` in the source below may crash, sleep or return metrics.
 SOURCE = """

@@ -11,16 +11,14 @@ import pytest
 from bio_inspired_nanochat.config import SynapticConfig, from_dict, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms
-from bio_inspired_nanochat.study.matrix import ALTERNATIVES, SETS, Options, build_matrix, dense_mechanisms, subset
+from bio_inspired_nanochat.study.matrix import ALTERNATIVES, Options, build_matrix, dense_mechanisms, subset
 from bio_inspired_nanochat.study.plan import PlanConfig, fewest_tokens, make_matrix_plan, read_plan
 from bio_inspired_nanochat.training import TrainConfig
-from tests.study.planned import TINY
-
-FULL = build_matrix(list(SETS))
+from tests.study.planned import TINY, full
 
 
 def active(name: str) -> set[str]:
-    changes = FULL.conditions[name].changes
+    changes = full().conditions[name].changes
     if not changes["synapses"]:
         return set()
     on = active_mechanisms(from_dict(SynapticConfig, changes["syn_cfg"]))
@@ -28,8 +26,8 @@ def active(name: str) -> set[str]:
 
 
 def test_every_mechanism_of_the_registry_is_added_alone_and_left_out() -> None:
-    added = {one.what: one for one in FULL.comparisons if one.set == "add_one"}
-    left = {one.what: one for one in FULL.comparisons if one.set == "leave_one"}
+    added = {one.what: one for one in full().comparisons if one.set == "add_one"}
+    left = {one.what: one for one in full().comparisons if one.set == "leave_one"}
     assert list(added) == list(MECHANISMS) and set(left) == set(MECHANISMS) - set(ALTERNATIVES)
     for name, one in added.items():
         assert active(one.condition) - active(one.reference) == {name}, one
@@ -48,24 +46,24 @@ def test_all_on_holds_everything_that_does_not_exclude_something_else() -> None:
 
 
 def test_the_factorial_has_all_sixteen_cells_and_differs_in_one_factor() -> None:
-    cells = [one for one in FULL.aliases if one.startswith("factorial:")]
-    assert len(cells) == 16 and len({FULL.aliases[one] for one in cells}) == 16
-    ones = [one for one in FULL.comparisons if one.set == "factorial"]
+    cells = [one for one in full().aliases if one.startswith("factorial:")]
+    assert len(cells) == 16 and len({full().aliases[one] for one in cells}) == 16
+    ones = [one for one in full().comparisons if one.set == "factorial"]
     assert len(ones) == 32 and len({(one.condition, one.reference) for one in ones}) == 32
 
 
 def test_the_series_begins_with_vanilla_and_ends_with_all() -> None:
-    steps = [one for one in FULL.comparisons if one.set == "cumulative"]
+    steps = [one for one in full().comparisons if one.set == "cumulative"]
     assert (steps[0].reference, steps[-1].condition) == ("vanilla", "all_on")
     assert all(one.reference == before.condition for before, one in itertools.pairwise(steps))
     assert all(len(active(one.condition)) > len(active(one.reference)) for one in steps)
 
 
 def test_equal_conditions_are_one_under_all_their_names() -> None:
-    assert FULL.aliases["default_fast"] == "factorial:rates"
-    assert len({one.key for one in FULL.conditions.values()}) == len(FULL.conditions)
-    names = set(FULL.conditions)
-    assert all({one.condition, one.reference} <= names for one in FULL.comparisons)
+    assert full().aliases["default_fast"] == "factorial:rates"
+    assert len({one.key for one in full().conditions.values()}) == len(full().conditions)
+    names = set(full().conditions)
+    assert all({one.condition, one.reference} <= names for one in full().comparisons)
 
 
 def test_a_baseline_is_in_the_same_code() -> None:
@@ -78,7 +76,7 @@ def test_names_that_do_not_exist_are_one_line() -> None:
     with pytest.raises(UserError, match=r"mechanism='presin'.*did you mean 'presyn'"):
         Options(mechanisms=("presin",))
     with pytest.raises(UserError, match=r"conditions='all_off' is not part"):
-        subset(FULL, ["all_off"])
+        subset(full(), ["all_off"])
     with pytest.raises(UserError, match="each once"):
         PlanConfig(seeds=(1, 1))
 

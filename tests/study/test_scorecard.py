@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.study.matrix import SETS, build_matrix
 from bio_inspired_nanochat.study.plan import read_plan
 from bio_inspired_nanochat.study.predictions import PREDICTIONS
 from bio_inspired_nanochat.study.queue import RunConfig, run_queue
@@ -18,9 +17,8 @@ from bio_inspired_nanochat.study.report import ReportConfig, report
 from bio_inspired_nanochat.study.scorecard import KINDS, score
 from bio_inspired_nanochat.study.statistics import Rule
 from bio_inspired_nanochat.training.faults import Fault, diverged
-from tests.study.planned import HONEST, plan, pretend
+from tests.study.planned import HONEST, full, plan, pretend
 
-FULL = build_matrix(list(SETS))
 BY_ID = {one.id: one for one in PREDICTIONS}
 
 
@@ -30,20 +28,20 @@ def values(**metrics: dict[str, float | list[float]]) -> dict:
     for metric, by_condition in metrics.items():
         for name, value in by_condition.items():
             seeds = value if isinstance(value, list) else [value * (1 + 1e-4 * shift) for shift in (-1, 0, 1)]
-            own = FULL.aliases.get(name, name)
+            own = full().aliases.get(name, name)
             found.setdefault(metric.replace("__", "."), {})[own] = {seed: (one, f"{own}-{seed}") for seed, one in enumerate(seeds)}
     return {6: found}
 
 
 def verdict(identity: str, found: dict):
-    return score(found, FULL.aliases, Rule(), predictions=[BY_ID[identity]])[0]
+    return score(found, full().aliases, Rule(), predictions=[BY_ID[identity]])[0]
 
 
 def test_every_prediction_names_conditions_and_metrics_that_exist() -> None:
     for one in PREDICTIONS:
         assert one.kind in KINDS and one.source and one.statement and one.metrics, one.id
         for name in (one.condition, one.reference, *one.series):
-            assert name is None or name in FULL.aliases or name == "cumulative", (one.id, name)
+            assert name is None or name in full().aliases or name == "cumulative", (one.id, name)
     assert len(BY_ID) == len(PREDICTIONS)
 
 
@@ -76,7 +74,7 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
     assert found.verdict == "not measured" and "perplexity" in found.why
     few = values(calibration__mc_auroc={"release:12": [0.8, 0.9]})
     assert verdict("uncertainty", few).verdict == "not measured"
-    assert {one.verdict for one in score({}, FULL.aliases, Rule())} == {"not measured"}
+    assert {one.verdict for one in score({}, full().aliases, Rule())} == {"not measured"}
 
 
 @pytest.mark.parametrize(("auroc", "expected"), [(0.72, "success"), (0.65, "neutral"), (0.45, "failure")])
@@ -113,7 +111,7 @@ def test_dropout_suffices_only_where_a_loss_that_matters_is_excluded() -> None:
 
 
 def test_saturation() -> None:
-    steps = sorted(name for name in FULL.aliases if name.startswith("cumulative:"))
+    steps = sorted(name for name in full().aliases if name.startswith("cumulative:"))
     early = {name: 3.0 - 0.5 * min(1.0, i / 5) for i, name in enumerate(steps)} | {"vanilla": 3.0, "all_on": 2.5}
     late = {name: 3.0 - 0.01 * i for i, name in enumerate(steps)} | {"vanilla": 3.0, "all_on": 2.0}
     assert verdict("saturation", values(val_loss=early)).verdict == "success"
@@ -215,4 +213,4 @@ def test_another_rule_gives_another_verdict() -> None:
     one = replace(BY_ID["goal-vanilla"], success=(None, -0.2))
     found = values(val_loss={"default": 2.95, "vanilla_params_default": 3.0})
     assert verdict("goal-vanilla", found).verdict == "success"
-    assert score(found, FULL.aliases, Rule(), predictions=[one])[0].verdict == "neutral"
+    assert score(found, full().aliases, Rule(), predictions=[one])[0].verdict == "neutral"

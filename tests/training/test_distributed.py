@@ -1,7 +1,6 @@
 """Several processes train as one does: the same losses, the same end, and no rank that waits for another for ever."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +11,11 @@ from bio_inspired_nanochat.structural import read_lineage
 from bio_inspired_nanochat.training import train
 from tests.launcher import PATIENCE, launched, torchrun
 from tests.training import ranks
+from tests.training.launch import seen_by
 from tests.training.test_resume import same_checkpoint
 from tests.training.tiny import corpus, flags, small
 
 pytestmark = pytest.mark.timeout(2 * PATIENCE)
-
-
-def seen_by(world: int, what: str, out: Path) -> list[dict]:
-    corpus()  # once, before the ranks ask for it
-    torchrun(world, "tests.training.ranks", what, str(out))
-    return [json.loads((out / f"rank{index}.json").read_text()) for index in range(world)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +23,7 @@ def pair(tmp_path_factory) -> list[dict]:
     """What two ranks saw; `out` is the folder of their runs."""
     out = tmp_path_factory.mktemp("pair")
     train(small(out / "alone", **ranks.SHARED, stop_after=3))
-    return [seen | {"out": out} for seen in seen_by(2, "all", out)]
+    return [seen | {"out": out} for seen in seen_by(2, "tests.training.ranks", "all", out=out)]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +46,10 @@ def test_two_processes_lose_what_one_loses(pair, alone, kind, way):
 
 
 def test_three_processes_share_what_does_not_divide(tmp_path):
+    corpus()  # once, before the ranks ask for it
     changes = {**ranks.EXPERTS, "num_iterations": 4, "eval_tokens": 192}
     one = ranks.run(ranks.ALONE, 6, total=6, **changes)
-    seen = [of["experts"] for of in seen_by(3, "uneven", tmp_path)]
+    seen = [of["experts"] for of in seen_by(3, "tests.training.ranks", "uneven", out=tmp_path)]
     assert seen[0]["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert {of["norm"] for of in seen} == {seen[0]["norm"]} and seen[0]["norm"] == pytest.approx(one["norm"], rel=1e-5)
 

@@ -79,12 +79,26 @@ def test_one_bad_weight_among_many_is_found():
     assert not guards.all_finite(weights)
 
 
-def test_the_garbage_collector_is_as_before_afterwards():
+@pytest.fixture
+def nothing_frozen():
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_the_garbage_collector_is_as_before_afterwards(nothing_frozen):
+    with guards.frozen_garbage() as garbage:
+        garbage.freeze()
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
+
+
+def test_what_the_process_had_frozen_stays_frozen(nothing_frozen):
+    gc.freeze()
     before = gc.get_freeze_count()
     with guards.frozen_garbage() as garbage:
         garbage.freeze()
-        assert gc.get_freeze_count() > before
-    assert gc.get_freeze_count() == 0 and gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 def test_the_clock_leaves_out_the_first_steps_and_the_pauses(monkeypatch):

@@ -6,7 +6,7 @@ import os
 import pytest
 from filelock import FileLock
 
-from tests.training.launch import two_ranks
+from tests.training.launch import seen_by
 from tests.training.pair import KINDS
 
 
@@ -18,7 +18,7 @@ def pair(tmp_path_factory) -> list[dict]:
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "seen.json").exists():
-            (folder / "seen.json").write_text(json.dumps(two_ranks("tests.training.pair", folder)))
+            (folder / "seen.json").write_text(json.dumps(seen_by(2, "tests.training.pair", out=folder)))
         return json.loads((folder / "seen.json").read_text())
 
 

@@ -1,22 +1,17 @@
-"""A worker that dies or is slow costs its candidates, not the run; under torchrun as well."""
+"""A worker that dies or is slow costs its candidates, not the run; among several ranks as well."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.tuning.objectives import LOST, ObjectiveConfig
 from bio_inspired_nanochat.tuning.workers import Pool, shares
+from tests.training.launch import run_ranks
 from tests.tuning.fakes import bowl, die_or_sleep, score_all
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_shares_are_nearly_equal_and_complete() -> None:
@@ -45,10 +40,7 @@ def test_a_dead_and_a_slow_worker_cost_their_candidates_only() -> None:
 
 @pytest.mark.slow
 def test_a_rank_whose_worker_dies_costs_its_candidates_only() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.tuning.ranks"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = json.loads(done.stdout.splitlines()[-1])
+    said, _ = run_ranks(2, "tests.tuning.ranks")
+    first, second = json.loads(said.splitlines()[-1])
     expected = [[bowl(SynapticConfig(tau_c=value), 1)] for value in (10.0, 20.0, 30.0, 40.0)]
     assert first == expected and second == [*expected[:2], None, None]
