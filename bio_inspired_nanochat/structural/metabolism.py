@@ -9,6 +9,8 @@ Demand is what tokens ask for without the balancing bias, which would cancel eve
 lambda = 0.01 twice the fair demand fills the account to 0.8 in 92 steps and no demand empties it to 0.1 in 161.
 
 Dimensions: E slots for experts, D width.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def metabolise(model: GPT, routing: Sequence[Routing], taps: Sequence[Tensor] | 
 
 @torch.no_grad()
 def update(layer: SynapticMoE, routing: Routing, cfg: SynapticConfig) -> None:
-    """Apply one step's statistics to one layer. Changes its accounts and identities."""
+    """Apply one step's statistics to one layer. Changes its accounts and identities. Equation (L8)."""
     if _settled(layer, routing, cfg):
         return
     kept, k = layer.accounts, layer.k
@@ -136,6 +138,7 @@ def _settled(layer: SynapticMoE, routing: Routing, cfg: SynapticConfig) -> bool:
 
 
 def _balance(kept: Accounts, load: Tensor, cfg: SynapticConfig) -> None:
+    """Move the balancing bias of every slot, and blend and tie of its twins. Equation (L10)."""
     places = torch.arange(kept.slots, device=load.device)
     leads, paired = kept.leads(), kept.child != places
     younger = load[kept.child] * paired
@@ -147,11 +150,12 @@ def _balance(kept: Accounts, load: Tensor, cfg: SynapticConfig) -> None:
 
 
 def _average(kept: Tensor, new: Tensor) -> None:
+    """Let a running average follow the newest step. Equation (L9)."""
     kept.lerp_(new, AVERAGE)
 
 
 def _contrast(layer: SynapticMoE, cfg: SynapticConfig) -> None:
-    """Pull identities of experts chosen together, push apart near ones that are not, along the sphere."""
+    """Pull identities of experts chosen together, push apart near ones that are not, along the sphere. Equation (L11)."""
     kept, identity = layer.accounts, layer.synapse.identity
     unit = F.normalize(identity, dim=-1)
     cosine = unit @ unit.T
@@ -165,7 +169,10 @@ def _contrast(layer: SynapticMoE, cfg: SynapticConfig) -> None:
 
 
 def _estrange(layer: SynapticMoE, cfg: SynapticConfig) -> None:
-    """Turn the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less."""
+    """Turn the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less.
+
+    Equation (L12).
+    """
     kept, rows = layer.accounts, layer.router
     places = torch.arange(kept.slots, device=rows.device)
     other = torch.where(kept.child != places, kept.child, kept.lead)
