@@ -25,6 +25,8 @@ from bio_inspired_nanochat.kernels.terminal import (
     terminal_step,
 )
 from bio_inspired_nanochat.registry import config_with
+from bio_inspired_nanochat.structural.metabolism import update
+from bio_inspired_nanochat.synaptic import Routing, SynapticMoE
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 from tests.kernels.terminals import terminal
 
@@ -197,3 +199,26 @@ def test_the_latch_holds_without_calcium_from_a_gain_of_two(tick):
     assert (now.camkii[:2] < 1e-3).all() and (now.camkii[2:] > 0.5).all()
     kinase = now.camkii[2:]
     torch.testing.assert_close(gains[2:] * kinase**3 * (1 - kinase), 0.5**4 + kinase**4, rtol=1e-6, atol=0)
+
+
+# --- prompts/life_cycle.md: the account ---------------------------------------------------------------------------------------------
+
+
+def test_the_account_follows_its_closed_form_and_reaches_the_thresholds_in_the_stated_steps():
+    """(L8) and below it: E(n) = E* + (E(0) - E*) (1 - lambda)^n, 0.8 after 92 steps of twice the fair demand, 0.1 after 161 of none."""
+    cfg = config_with("bank", bank_rate=0.005, bank_decay=0.01)
+    sizes = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 8, "vocab_size": 8, "sequence_len": 8, "backend": "reference"}
+    moe = SynapticMoE(GPTConfig(**sizes, synapses=True, num_experts=4, moe_top_k=1, syn_cfg=cfg))
+    torch.nn.init.normal_(moe.router)
+    share = torch.tensor([2.0, 0.0, 1.0, 1.5])
+    visits = 100 * share
+    routing = Routing(torch.tensor(400.0), visits, visits, visits, torch.zeros(4), torch.diag(visits), torch.ones(4, 8), torch.ones(8))
+    energies = [moe.accounts.energy.clone()]
+    for _ in range(170):
+        update(moe, routing, cfg)
+        energies.append(moe.accounts.energy.clone())
+    course = torch.stack(energies)
+    rest = 0.5 + 0.5 * (share - 1)
+    wanted = rest + (0.5 - rest) * 0.99 ** torch.arange(171)[:, None]
+    torch.testing.assert_close(course, wanted, rtol=1e-4, atol=1e-5)
+    assert int((course[:, 0] < 0.8).sum()) == 92 and int((course[:, 1] > 0.1).sum()) == 161

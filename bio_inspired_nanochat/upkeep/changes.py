@@ -15,7 +15,7 @@ BASES = ("main", "origin/main", "master", "origin/master")
 # Tests of what is no module.
 _OTHERS = {
     "README.md": ("tests/test_readme.py",),
-    "RESULTS.md": ("tests/test_readme.py",),
+    "RESULTS.md": ("tests/test_prompts.py", "tests/test_readme.py"),
     "constraints.txt": ("tests/test_architecture.py", "tests/test_environment.py"),
     "pyproject.toml": ("tests/test_architecture.py", "tests/test_environment.py"),
     "LICENSE": ("tests/test_architecture.py",),
@@ -24,7 +24,7 @@ _OTHERS = {
     "scripts/env.sh": ("tests/test_environment.py",),
     "tests/run.sh": ("tests/test_environment.py",),
 }
-_FOLDERS = {"rust_src/": "tests/test_rust.py", "notebooks/": "tests/test_notebooks.py"}
+_FOLDERS = {"rust_src/": "tests/test_rust.py", "notebooks/": "tests/test_notebooks.py", "prompts/": "tests/test_prompts.py"}
 
 
 def git(root: Path, *words: str) -> str:
