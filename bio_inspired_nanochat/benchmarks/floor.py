@@ -4,6 +4,8 @@ A model of an ideal kernel, which reads each operand once, writes each result on
 whole synaptic layer needs no more than attention: it computes the logits once and keeps drive and bias on the chip.
 
 Dimensions: D head size, T tokens, c tick length; all of it per pair of batch row and head.
+
+Numbered equations are those of prompts/hybrid.md.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _NEEDS = {
 
 
 def floor_of(operator: str, pairs: int, tokens: int, head_dim: int, tick: int, element_size: int) -> Floor:
-    """What `operator` needs for `pairs` of (row, head). Planes and products count only what causality leaves."""
+    """What `operator` needs for `pairs` of (row, head). Planes and products count only what causality leaves. Equation (H10)."""
     seen = tokens * (tokens + 1) / 2
     ticks = -(-tokens // tick)
     plane = 4 * (tick * ticks * (ticks + 1) / 2)

@@ -1,6 +1,8 @@
 """Sums that decay at constant rates, as matrix products instead of a loop over time.
 
 Dimensions: B batch, N steps, M values per rate, K rates.
+
+Numbered equations are those of prompts/hybrid.md.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ BLOCK = 64  # longest sequence that one matrix of decays covers; longer ones go 
 
 
 def decayed_sums(values: Tensor, gamma: Tensor, segment: Tensor | None = None) -> Tensor:
-    """y[n] = sum over j <= n of gamma^(n - j) values[j], over the steps j of n's segment only.
+    """y[n] = sum over j <= n of gamma^(n - j) values[j], over the steps j of n's segment only. Equation (H7).
 
     values: [B, N, M, K]; gamma: [K] in [0, 1], one decay per rate; segment: [B, N] non-decreasing integers, or None for one
     segment. Returns [B, N, M, K]; differentiable in values and gamma.

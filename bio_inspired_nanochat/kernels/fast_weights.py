@@ -7,7 +7,7 @@
 `hebb` is linear attention with decay, `delta` the gated delta rule (Yang, Kautz and Hatamizadeh, 2024). The recurrence is the
 definition; the chunked form computes the same from matrix products over chunks of C tokens, see `_chunked`.
 
-The delta rule is bounded: with |u_t| = 1, 0 <= eta_t <= 1 and 0 <= gamma <= 1, row i of F keeps its part orthogonal to u_t
+The delta rule is bounded, equation (D5): with |u_t| = 1, 0 <= eta_t <= 1 and 0 <= gamma <= 1, row i of F keeps its part orthogonal to u_t
 (times gamma), and its part a along u_t becomes (1 - eta) gamma a + eta m_i, whose square is at most (1 - eta) (gamma a)^2 +
 eta m_i^2 by convexity. Hence ||F_t||^2 <= gamma^2 ||F_{t-1}||^2 + eta_t |m_t|^2 in Frobenius norm, and for gamma < 1
 
@@ -17,6 +17,8 @@ at all times, whatever the keys; with u_t orthogonal to the rows of F and eta = 
 squares of the writes may add up, ||F_t||^2 <= ||F_0||^2 + sum_s eta_s |m_s|^2.
 
 Dimensions: B batch, T tokens, r modes, N chunks, C tokens of a chunk.
+
+Numbered equations are those of prompts/synaptic_unit.md.
 """
 
 from __future__ import annotations
@@ -105,7 +107,10 @@ def _triton_obstacle(u: Tensor) -> str | None:
 
 
 def fast_weights_step(state: Tensor, u: Tensor, m: Tensor, eta: Tensor, gamma: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """One token: read, then write. state [B, r, r]; u, m [B, r]; eta [B]; all of one dtype. Returns z [B, r] and F_t."""
+    """One token: read, then write. state [B, r, r]; u, m [B, r]; eta [B]; all of one dtype. Returns z [B, r] and F_t.
+
+    Equations (D3) and (D4).
+    """
     z = torch.matmul(state, u[:, :, None])[:, :, 0]
     error = m - gamma * z if rule == "delta" else m
     return z, state * gamma + (eta[:, None] * error)[:, :, None] * u[:, None, :]
@@ -129,7 +134,7 @@ def _recurrence(
 def _chunked(
     u: Tensor, m: Tensor, eta: Tensor, gamma: Tensor, start: Tensor, rule: str, fresh: Tensor | None, live: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Within a chunk that starts with F = S, token t writes e_t u_t^T, so that with D = diag(gamma)
+    """Within a chunk that starts with F = S, token t writes e_t u_t^T, so that with D = diag(gamma), equation (D6),
 
         z_t = S D^t u_t + sum over s < t of (u_t D^(t-1-s) u_s) e_s
 
@@ -195,7 +200,7 @@ def _delta_chunks(
     whole: Tensor,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What each token writes, e [B, N, C, r], and the state before each chunk and after the last [B, N + 1, r, r].
+    """What each token writes, e [B, N, C, r], and the state before each chunk and after the last [B, N + 1, r, r]. Equation (D7).
 
     (I + L) e = eta m - eta gamma (u D^t) S^T with L = eta gamma scores, strictly lower triangular: e = V - Y S^T after one
     triangular solve, and S+ = S (gamma^C I - Y^T W) + V^T W with W the writes that reach the end of the chunk.
@@ -227,7 +232,7 @@ def solve_unit_lower(lower: Tensor, right: Tensor) -> Tensor:
 
 
 def _unit_lower_inverse(lower: Tensor) -> Tensor:
-    """(I + lower)^-1, with the inverses of diagonal blocks joined in pairs: [[A, 0], [M, D]]^-1 = [[A', 0], [-D' M A', D']].
+    """(I + lower)^-1, with the inverses of diagonal blocks joined in pairs: [[A, 0], [M, D]]^-1 = [[A', 0], [-D' M A', D']]. Equation (D8).
 
     As stable as forward substitution, unlike the product (I - L)(I + L^2)(I + L^4)..., whose powers cancel where keys repeat.
     """

@@ -18,6 +18,8 @@ calcium >= 0 and every tick, the resting points are those of the equations whate
 with first order. At rest K = P = D = 0, which is the fixed point without calcium.
 
 Dimensions: B batch, c tick length.
+
+Numbered equations are those of prompts/synaptic_unit.md.
 """
 
 from __future__ import annotations
@@ -83,7 +85,10 @@ def drives(calcium: Tensor, params: DensityParams) -> tuple[Tensor, Tensor, Tens
 
 
 def latch_rates(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """On- and off-rates of the latch, times their time constants: dK/dt = [on_K (1 - K) - off_K K] / tau_camkii, likewise P."""
+    """On- and off-rates of the latch, times their time constants: dK/dt = [on_K (1 - K) - off_K K] / tau_camkii, likewise P.
+
+    Equation (D14).
+    """
     strong = hill(calcium.clamp(max=MOST_CALCIUM), params.camkii_half)
     moderate = drives(calcium, params)[1] * (1 - strong)
     on = strong + params.latch_gain * hill(camkii, params.latch_half)
@@ -91,7 +96,7 @@ def latch_rates(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityPar
 
 
 def latch_step(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityParams) -> tuple[Tensor, Tensor]:
-    """K and P after one tick of the latch."""
+    """K and P after one tick of the latch. Equation (D15)."""
     on, off, rise, fall = latch_rates(camkii, pp1, calcium, params)
     rate, speed = on + off, rise + fall
     target, goal = on / rate, rise / speed
@@ -115,7 +120,7 @@ def latch_slopes(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityPa
 
 
 def relax(level: Tensor, target: Tensor, tick: int, tau: Constant) -> Tensor:
-    """A leaky integrator after one tick under a constant target; exact."""
+    """A leaky integrator after one tick under a constant target; exact. Equation (D13)."""
     return target + (level - target) * torch.exp(torch.zeros_like(target) - tick / tau)
 
 

@@ -9,6 +9,8 @@ Layout of a draw: key = (two words mixed from seed, step, sample, sequence id), 
 head | layer << 16, i // 4) for word number i of the event; word 0 selects the event, words 1, 2, ... are its randomness.
 
 Dimensions: B batch, H query heads, N ticks, Tk keys.
+
+Numbered equations are those of prompts/presynapse.md.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ class ReleaseSampler(NamedTuple):
 
 
 def sampled_probability(logit: Tensor, tick: int, noise: ReleaseNoise, sampler: ReleaseSampler) -> Tensor:
-    """Release probabilities of which a random share is replaced by a sampled k / count, k ~ Binomial(count, p).
+    """Release probabilities of which a random share is replaced by a sampled k / count, k ~ Binomial(count, p). Equation (P20).
 
     Args:
         logit: [B, H, Tk], p = sigmoid(logit), key j at absolute position j; or [B, H, N, Tk] for N ticks at once.

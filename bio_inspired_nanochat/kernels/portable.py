@@ -7,6 +7,8 @@ tick_biased_attention adds the bias inside scaled_dot_product_attention by a one
 q' = [q, onehot(n)], k' = [k, beta / scale], in blocks of queries whose ticks fit beside the head.
 
 Dimensions: B batch, H query heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
+
+Numbered equations are those of prompts/hybrid.md.
 """
 
 from __future__ import annotations
@@ -237,7 +239,7 @@ def tick_biased_attention(
     window: int | None = None,
     doc: Tensor | None = None,
 ) -> Tensor:
-    """See `kernels.tick_biased_attention`."""
+    """See `kernels.tick_biased_attention`. Equation (H4)."""
     heads, length, head_dim = q.shape[1:]
     k, v = expand_heads(k, heads), expand_heads(v, heads)
     plain = window is None and doc is None and isinstance(q_start, int)

@@ -3,6 +3,8 @@
 The biology of one terminal is in `kernels.terminal`; here it runs over ticks and keys.
 
 Dimensions: B batch, H query heads, Hkv key heads, T tokens (Tq queries, Tk keys), N ticks, D head size, c tick length.
+
+Numbered equations are those of prompts/hybrid.md and prompts/presynapse.md.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 
 def phi(x: Tensor, kind: str = "phi") -> Tensor:
-    """Calcium drive of a logit above threshold: 0 below -1, (x+1)^2/4 in between, x above 1 (a C1 softplus).
+    """Calcium drive of a logit above threshold: 0 below -1, (x+1)^2/4 in between, x above 1 (a C1 softplus). Equation (P2).
 
     `kind="softplus"` is the softplus itself.
     """
@@ -45,7 +47,10 @@ def tick_drive(
     q_len: Tensor | None = None,
     kind: str = "phi",
 ) -> Tensor:
-    """U[n, j] = sum over the queries t > j of tick n of phi(q_t . k_j * scale - theta); shapes as in `kernels.tick_drive`."""
+    """U[n, j] = sum over the queries t > j of tick n of phi(q_t . k_j * scale - theta); shapes as in `kernels.tick_drive`.
+
+    Equation (P1).
+    """
     batch, heads, length, _ = q.shape
     logits = torch.einsum("bhtd,bhjd->bhtj", q, expand_heads(k, heads)).to(theta.dtype) * scale
     positions = query_positions(q_start, length, q.device)
@@ -59,7 +64,7 @@ def tick_drive(
 
 
 def neighbours(activity: Tensor, p: PresynParams, doc: Tensor | None) -> Tensor:
-    """Septin lateral inhibition: s_L times the mean activity of the `lateral_window` older keys, [..., Tk].
+    """Septin lateral inhibition: s_L times the mean activity of the `lateral_window` older keys, [..., Tk]. Equation (P19).
 
     activity: [B, H, Tk] or [B, H, N, Tk]; p.lateral_strength broadcasts against it; doc: [B, >= Tk], only keys of one document.
     """
@@ -158,7 +163,7 @@ def tick_biased_attention(
     window: int | None = None,
     doc: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention with logits q.k * scale + beta[n(t), j]; shapes as in `kernels.tick_biased_attention`."""
+    """Softmax attention with logits q.k * scale + beta[n(t), j]; shapes as in `kernels.tick_biased_attention`. Equation (H1)."""
     batch, heads, length, _ = q.shape
     logits = torch.einsum("bhtd,bhjd->bhtj", q, expand_heads(k, heads)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     positions = query_positions(q_start, length, q.device)

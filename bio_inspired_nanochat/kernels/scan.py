@@ -1,6 +1,8 @@
 """Sequential sums over ticks and tokens as custom operators: opaque to torch.compile, so a compiled model has no graph break.
 
 Dimensions: B batch, H query heads, N ticks, Tk keys, T tokens.
+
+Numbered equations are those of prompts/hybrid.md.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def _needs_operator() -> bool:
 
 
 def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """x[n+1] = a[n] x[n] + b[n] over dimension 2. Differentiable.
+    """x[n+1] = a[n] x[n] + b[n] over dimension 2. Differentiable. Equation (H5).
 
     a: [B, H, N, Tk] or [B, H, N, 1]; b: [B, H, N, Tk]; start: x[0] [B, H, Tk]. Returns x[0..N], [B, H, N+1, Tk].
     """
@@ -60,7 +62,7 @@ def _(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
 @torch.library.custom_op("bio_inspired_nanochat::linear_scan_adjoint", mutates_args=())
 def linear_scan_adjoint(a: Tensor, grad: Tensor) -> Tensor:
-    """Adjoint of the scan's states, [B, H, N+1, Tk]: g[n] = grad[n] + a[n] g[n+1]."""
+    """Adjoint of the scan's states, [B, H, N+1, Tk]: g[n] = grad[n] + a[n] g[n+1]. Equation (H6)."""
     adjoint = grad.clone(memory_format=torch.contiguous_format)
     for n in range(a.shape[2] - 1, -1, -1):
         adjoint[:, :, n].addcmul_(a[:, :, n], adjoint[:, :, n + 1])

@@ -7,6 +7,8 @@ docking from a finite reserve slows in ticks of many tokens (see `docking_rate`)
 
 Notation: C calcium, B bound calcium, R readily releasable pool, Z reserve, F endocytosis ring, Q primed SNAREs, E energy,
 I drive, c tick length, p release probability.
+
+Numbered equations are those of prompts/presynapse.md.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ VANISHING = 1e-30
 
 
 def doc2_activation(calcium: Tensor, p: PresynParams) -> Tensor:
-    """Doc2's response to residual calcium: sigmoid(4 (C - c_doc2)) above its value at rest, 0 for a rested terminal."""
+    """Doc2's response to residual calcium: sigmoid(4 (C - c_doc2)) above its value at rest, 0 for a rested terminal. Equation (P3)."""
     return torch.sigmoid(DOC2_SLOPE * (calcium - p.doc2_threshold)) - torch.sigmoid(-DOC2_SLOPE * p.doc2_threshold)
 
 
 def release_logit(state: PresynState, p: PresynParams) -> Tensor:
-    """Logit of the release probability: a syt(C) + a_Q (Q - 1) + complexin (1 - clamp) + b0.
+    """Logit of the release probability: a syt(C) + a_Q (Q - 1) + complexin (1 - clamp) + b0. Equations (P4) and (P5).
 
     The sensors follow Hill curves of order one, C / (C + K): Syt1 is the fast one, Syt7 the slow one, mixed by w, and Doc2
     adds a tail at low calcium. b0 contains the complexin clamp of a rested terminal.
@@ -52,7 +54,7 @@ def release_logit(state: PresynState, p: PresynParams) -> Tensor:
 
 
 def log_pool(pool: Tensor, epsilon: float) -> Tensor:
-    """l(x) = log((x + eps) / (1 + eps)): zero for a full pool, finite slope at an empty one."""
+    """l(x) = log((x + eps) / (1 + eps)): zero for a full pool, finite slope at an empty one. Equation (P17)."""
     return torch.log((pool + epsilon) / (1 + epsilon))
 
 
@@ -62,7 +64,7 @@ def log_probability(logit: Tensor) -> Tensor:
 
 
 def terminal_bias(state: PresynState, p: PresynParams, logit: Tensor | None = None) -> Tensor:
-    """beta = g_f log(p / p_rest) + g_d l(R) + g_q log(q / q_rest) + g_Q l(Q), limited smoothly to +-beta_max.
+    """beta = g_f log(p / p_rest) + g_d l(R) + g_q log(q / q_rest) + g_Q l(Q), limited smoothly to +-beta_max. Equation (P18).
 
     Zero for a rested terminal. With all gains equal to lambda this is the background's lambda log(eps + q n), n = p R Q, up
     to its constant. q = sigmoid(slope (E - 1/2)) is the quantal amplitude. `logit` saves a second release_logit.
@@ -79,13 +81,13 @@ def terminal_bias(state: PresynState, p: PresynParams, logit: Tensor | None = No
 
 
 def calcium_step(p: PresynParams) -> tuple[Tensor, Tensor]:
-    """Decay and influx of calcium over one tick: C+ = decay C + influx I, exact for constant I."""
+    """Decay and influx of calcium over one tick: C+ = decay C + influx I, exact for constant I. Equation (P9)."""
     decay = torch.exp(-p.tick / p.tau_c)
     return decay, (1 - decay) * p.tau_c * p.alpha_ca
 
 
 def buffer_step(calcium: Tensor, bound: Tensor, p: PresynParams) -> tuple[Tensor, Tensor]:
-    """Exchange of calcium with the buffer (parvalbumin, calmodulin) over one tick, exact: dB/dt = k_on C (1 - B) - k_off B.
+    """Exchange of calcium with the buffer (parvalbumin, calmodulin) over one tick, exact: dB/dt = k_on C (1 - B) - k_off B. Equation (P10).
 
     C + B is constant, which leaves a Riccati equation in B with the two fixed points r- < r+.
     """
@@ -103,7 +105,7 @@ def buffer_step(calcium: Tensor, bound: Tensor, p: PresynParams) -> tuple[Tensor
 
 
 def clamp_step(clamp: Tensor, calcium: Tensor, p: PresynParams) -> Tensor:
-    """Complexin: dX/dt = (1 - X) / tau_clamp - k C X. Calcium lifts the clamp, which returns with its own time constant."""
+    """Complexin: dX/dt = (1 - X) / tau_clamp - k C X. Calcium lifts the clamp, which returns with its own time constant. Equation (P11)."""
     back = 1 / p.tau_clamp
     rate = back + p.clamp_release * calcium
     target = back / rate
@@ -111,7 +113,7 @@ def clamp_step(clamp: Tensor, calcium: Tensor, p: PresynParams) -> Tensor:
 
 
 def pool_step(use: Tensor, dock: Tensor, p: PresynParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Decay, target and rate of the pool over one tick: R+ = target + (R - target) decay, dR/dt = dock (1 - R) - use R.
+    """Decay, target and rate of the pool over one tick: R+ = target + (R - target) decay, dR/dt = dock (1 - R) - use R. Equation (P7).
 
     Release and refill act together and exactly (the rate form of Tsodyks and Markram, 1997).
     """
@@ -120,7 +122,7 @@ def pool_step(use: Tensor, dock: Tensor, p: PresynParams) -> tuple[Tensor, Tenso
 
 
 def priming_step(primed: Tensor, spent: Tensor, use: Tensor, supply: Tensor, nsf: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor]:
-    """SNARE cycle: free sites are primed (Munc13/18), release spends them, NSF frees them; implicit step of length c.
+    """SNARE cycle: free sites are primed (Munc13/18), release spends them, NSF frees them; implicit step of length c. Equation (P12).
 
     dQ/dt = supply (1 - Q - X) - use Q; dX/dt = use Q - nsf X. Returns Q, X and the share that was primed.
     """
@@ -131,14 +133,14 @@ def priming_step(primed: Tensor, spent: Tensor, use: Tensor, supply: Tensor, nsf
 
 
 def leak(pool: Tensor, inflow: Tensor, rate: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """A compartment that empties with `rate` while `inflow` arrives evenly over the tick: (what is left, what left)."""
+    """A compartment that empties with `rate` while `inflow` arrives evenly over the tick: (what is left, what left). Equation (P14)."""
     decay = torch.exp(-c * rate)
     after = pool * decay - inflow * torch.expm1(-c * rate) / (c * rate + TINY)
     return after, torch.clamp(pool + inflow - after, min=0.0)
 
 
 def recycle(state: PresynState, freed: Tensor, p: PresynParams) -> tuple[PresynState, Tensor, Tensor]:
-    """Bring released vesicles back: endocytosis ring, Rab5 and Rab7 stages, resynthesis. The sum of all stages is kept.
+    """Bring released vesicles back: endocytosis ring, Rab5 and Rab7 stages, resynthesis. The sum of all stages is kept. Equation (P15).
 
     freed: vesicles released in this tick. Returns the state with the stages advanced, the vesicles that reach the reserve,
     and those of them that had to be filled anew.
@@ -163,7 +165,7 @@ def recycle(state: PresynState, freed: Tensor, p: PresynParams) -> tuple[PresynS
 
 
 def docking_rate(state: PresynState, p: PresynParams) -> Tensor:
-    """Rate at which a free site gets a vesicle: 1 / tau_rrp, slowed by low energy, by an emptying reserve, sped by calcium.
+    """Rate at which a free site gets a vesicle: 1 / tau_rrp, slowed by low energy, by an emptying reserve, sped by calcium. Equation (P13).
 
     Synapsin ties the reserve to actin; calcium frees it: factor 1 + m C / (C + 1). A tick cannot dock more than the reserve
     holds, because the reserve drains exponentially while it docks.
@@ -178,7 +180,7 @@ def docking_rate(state: PresynState, p: PresynParams) -> Tensor:
 
 
 def terminal_step(state: PresynState, drive: Tensor, p: PresynParams, probability: Tensor | None = None) -> tuple[PresynState, Tensor]:
-    """Advance every terminal by one tick under a mean drive I = `drive` >= 0.
+    """Advance every terminal by one tick under a mean drive I = `drive` >= 0. Equations (P6) and (P8).
 
     probability: release probability to use instead of the expected one (stochastic release). Returns the state with
     open_drive at zero, and the vesicles released during the tick as a fraction of the full pool: the integral of use R(t).
@@ -219,7 +221,7 @@ def terminal_step(state: PresynState, drive: Tensor, p: PresynParams, probabilit
 
 
 def energy_step(energy: Tensor, cost: Tensor, p: PresynParams) -> Tensor:
-    """dE/dt = (1 - E) / tau_energy - cost E, exact: mitochondria supply, work consumes in proportion to what is there."""
+    """dE/dt = (1 - E) / tau_energy - cost E, exact: mitochondria supply, work consumes in proportion to what is there. Equation (P16)."""
     supply = 1 / p.tau_energy
     rate = supply + cost
     target = supply / rate

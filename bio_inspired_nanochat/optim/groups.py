@@ -1,4 +1,7 @@
-"""Parameter groups: one per role, with the learning rate that fits the model's width and the batch."""
+"""Parameter groups: one per role, with the learning rate that fits the model's width and the batch.
+
+Numbered equations are those of prompts/hybrid.md.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def parameter_groups(
 
 
 def learning_rate(role: str, config: OptimConfig, *, n_embd: int, batch_tokens: int) -> float:
-    """The role's learning rate at multiplier 1: the config's, times a width factor and a batch factor.
+    """The role's learning rate at multiplier 1: the config's, times a width factor and a batch factor. Equation (H13).
 
     Width, and with it depth, because the one dial sets both: tables and the head (`embed`, `value_embed`, `head`) scale with
     sqrt(768 / n_embd). A matrix does not: an orthogonalised step already changes a layer's output by the same amount at every width.

@@ -10,6 +10,8 @@ Matrices whose rows FSDP has divided among ranks: each whole matrix goes to one 
 divided too; what travels is one and the same number of bytes there and back, a W-th of the matrices per rank. Stacked experts are
 divided by experts, so nothing has to travel. Replicated matrices (one process, or DDP) are orthogonalised by every rank: sharing that
 work would cost a gather of all updates, which between cards without NVLink takes about as long as the work.
+
+Numbered equations are those of prompts/hybrid.md.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ _BATCH_ELEMENTS = 1 << 26
 def orthogonalize(matrices: Tensor) -> Tensor:
     """The semi-orthogonal matrices nearest to [..., R, C], approximately: singular vectors kept, singular values moved into `BAND`.
 
+    Equation (H12).
     Computes in the dtype of its input and returns it. A zero matrix stays zero.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -69,6 +72,7 @@ def step_scale(shape: Iterable[int]) -> float:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for parameters [R, C] and stacked experts [E, R, C] (each expert is a matrix of its own).
 
+    Equation (H11).
     Step: W <- W - lr * step_scale * orthogonalize(nesterov momentum), after the decay W <- W - lr * weight_decay * W. With `cautious`
     an entry decays only where the step shrinks it too. Parameters without a gradient are left alone, momentum included, and so is
     an expert whose gradient is zero in every entry (no token reached it): normalising its old momentum would move it at full speed.

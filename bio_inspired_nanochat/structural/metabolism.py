@@ -11,6 +11,8 @@ lambda = 0.01 twice the fair demand fills the account to 0.8 in 92 steps and no 
 All layers are settled at once, as stacked tensors: what this costs on a GPU is launches.
 
 Dimensions: L layers with experts, E slots for experts, D width.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def metabolise(model: GPT, routing: Sequence[Routing], taps: Sequence[Tensor] | 
 
 @torch.no_grad()
 def update(layers: Sequence[SynapticMoE], routing: Sequence[Routing], cfg: SynapticConfig) -> None:
-    """Apply one step's statistics to layers. Changes their accounts and identities."""
+    """Apply one step's statistics to layers. Changes their accounts and identities. Equations (L8) and (L9)."""
     if _settled(layers, routing, cfg):
         return
     accounts = [layer.accounts for layer in layers]
@@ -145,6 +147,7 @@ def _settled(layers: Sequence[SynapticMoE], routing: Sequence[Routing], cfg: Syn
 
 
 def _balance(kept: SimpleNamespace, load: Tensor, cfg: SynapticConfig) -> None:
+    """Move the balancing bias of every slot, and blend and tie of its twins. Equation (L10)."""
     places = torch.arange(load.shape[1], device=load.device)
     leads, paired = kept.alive & (kept.lead == places), kept.child != places
     younger = load.gather(1, kept.child) * paired
@@ -157,7 +160,7 @@ def _balance(kept: SimpleNamespace, load: Tensor, cfg: SynapticConfig) -> None:
 
 
 def _contrast(kept: SimpleNamespace, identities: list[Tensor], cfg: SynapticConfig) -> None:
-    """Pull identities [E, d] of experts chosen together, push apart near ones that are not, along the sphere."""
+    """Pull identities [E, d] of experts chosen together, push apart near ones that are not, along the sphere. Equation (L11)."""
     rows = torch.stack(identities)
     unit = F.normalize(rows, dim=-1)
     cosine = unit @ unit.mT
@@ -172,7 +175,10 @@ def _contrast(kept: SimpleNamespace, identities: list[Tensor], cfg: SynapticConf
 
 
 def _estrange(kept: SimpleNamespace, routers: list[Tensor], cfg: SynapticConfig) -> None:
-    """Turn the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less."""
+    """Turn the router rows of twins apart along the difference of what each of them serves: what the winner takes, the other asks for less.
+
+    Equation (L12).
+    """
     rows = torch.stack(routers)
     places = torch.arange(rows.shape[1], device=rows.device)
     other = torch.where(kept.child != places, kept.child, kept.lead)[..., None]

@@ -8,6 +8,8 @@ The first-order term vanishes where the scale of an output is stationary; the se
 the Fisher information does.
 
 Dimensions: B batch, T tokens, E slots for experts, k choices.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ TINY = 1e-12
 
 
 def contributions(tap: Tensor, tokens: Tensor, world: int = 1) -> Tensor:
-    """Contribution [..., E] in nats per token, from the sums [..., E, 2] of a and a^2 that a backward left behind.
+    """Contribution [..., E] in nats per token, from the sums [..., E, 2] of a and a^2 that a backward left behind. Equation (L16).
 
     tokens [...]: over all forwards and ranks. The backward of a mean over each rank's tokens saw gradients 1 / (tokens / world) as large
     as those of one token's own loss.
@@ -57,7 +59,7 @@ class NeuroScore(NamedTuple):
 
 @torch.no_grad()
 def scores(layer: SynapticMoE) -> NeuroScore:
-    """The scores of a layer from its accounts. Reads them on the host."""
+    """The scores of a layer from its accounts. Reads them on the host. Equation (L17)."""
     kept = layer.accounts
     nothing = torch.full_like(kept.load, float("nan"))
 
@@ -79,7 +81,7 @@ def scores(layer: SynapticMoE) -> NeuroScore:
 
 
 def gini(load: Tensor) -> float:
-    """Gini coefficient of loads [n] >= 0: 0 where all are equal, 1 - 1/n where one has everything."""
+    """Gini coefficient of loads [n] >= 0: 0 where all are equal, 1 - 1/n where one has everything. Equation (L18)."""
     ordered = load.double().sort().values
     rank = torch.arange(1, len(ordered) + 1, device=ordered.device)
     return float((2 * rank - len(ordered) - 1).mul(ordered).sum() / (len(ordered) * ordered.sum()).clamp(min=TINY))
@@ -173,7 +175,7 @@ class NeuroBoard:
 
 
 class ForgettingCurve:
-    """Losses of several tasks over training; forgetting is how far a task's loss stands above its best so far."""
+    """Losses of several tasks over training; forgetting is how far a task's loss stands above its best so far. Equation (L19)."""
 
     def __init__(self) -> None:
         self.losses: dict[str, list[tuple[int, float]]] = {}

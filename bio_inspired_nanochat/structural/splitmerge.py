@@ -5,6 +5,8 @@ Twice the fair demand comes to 1, fair demand to one half, no demand to 0.
 
 At most one event of a kind happens in a layer at a time. Nobody dies, merges or splits before `expert_youth` steps have passed since its
 birth or last event. Every rank computes the same decisions from the same accounts.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Event:
 
 
 def health(accounts: Accounts, use_contribution: bool) -> Tensor:
-    """Health [E] in [0, 1] of every slot, 0 for empty ones."""
+    """Health [E] in [0, 1] of every slot, 0 for empty ones. Equation (L13)."""
     factors = [(accounts.demand / 2).clamp(0, 1), accounts.energy]
     if use_contribution:
         gained = accounts.benefit.clamp(min=0)

@@ -3,6 +3,8 @@
 Everything random is drawn on the CPU by a generator keyed by (seed, step, layer, event), so that every rank draws the same.
 
 Dimensions: E slots for experts.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -99,7 +101,10 @@ def operate(
 
 
 def _split(body: _Body, event: Event, mutation: float, seed: int, key: str) -> None:
-    """The child is the parent's twin: equal weights and moments, identity and genome changed. The slot computes what it did."""
+    """The child is the parent's twin: equal weights and moments, identity and genome changed. The slot computes what it did.
+
+    Equation (L14).
+    """
     parent, child = event.slots
     body.copy(parent, child)
     for name in ("synapse.identity", "synapse.genome.xi"):
@@ -130,7 +135,7 @@ def _split(body: _Body, event: Event, mutation: float, seed: int, key: str) -> N
 
 
 def _merge(body: _Body, event: Event) -> None:
-    """The survivor becomes the average of both, weighted with what they were used."""
+    """The survivor becomes the average of both, weighted with what they were used. Equation (L15)."""
     survivor, gone = event.slots
     kept = body.layer.accounts
     total = float(kept.load[survivor] + kept.load[gone])

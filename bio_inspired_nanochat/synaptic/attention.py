@@ -5,6 +5,8 @@ release empties the pool, and the terminal's state biases the logits of later ti
 same per-key bias.
 
 Dimensions: B batch, H query heads, T tokens, N ticks, D head size, L cache length.
+
+Numbered equations are those of prompts/hybrid.md.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
 
     @property
     def _largest(self) -> float:
-        """Bound on the logits that QK norm gives, and a little for rounding."""
+        """Bound on the logits that QK norm gives, and a little for rounding. Equation (H8)."""
         return 1.01 * QK_SCALE**2 * self.head_dim * self.scale
 
     def _options(self, cost: Tensor | None, doc: Tensor | None, noise: ReleaseNoise | None) -> dict[str, Any]:

@@ -4,6 +4,8 @@ An expert is one terminal per sequence. Its drive is the share of the tick's tok
 later ticks, by the same equations as a key of the attention (`kernels.presyn`, where experts stand as heads with one key).
 
 Dimensions: B batch, T tokens, N ticks, E slots for experts, K documents that a tick may belong to, D width.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ class ExpertSynapse(nn.Module):
         )
 
     def affinity(self, x: Tensor) -> Tensor | None:
-        """What identity and SNARE codes add to the score of every expert, x [B, T, D] to [B, T, E] float."""
+        """What identity and SNARE codes add to the score of every expert, x [B, T, D] to [B, T, E] float. Equation (L1)."""
         parts = []
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.cfg.router_identity:
@@ -131,6 +133,7 @@ class ExpertSynapse(nn.Module):
     def inhibition(self, share: Tensor, lead: Tensor) -> Tensor | None:
         """What experts lose to neighbours in identity space, [B, T, E], when `share` [B, T, E] of the demand goes to each slot.
 
+        Equation (L6).
         The kernel is the cosine of two identities where it is positive; twins, which share a slot, do not inhibit each other.
         """
         if not self.cfg.expert_lateral:
@@ -143,7 +146,7 @@ class ExpertSynapse(nn.Module):
         return (near @ near.T).clamp(min=0) * (lead[:, None] != lead)
 
     def course(self, share: Tensor, place: Place, before: ExpertState | None) -> tuple[Effects, ExpertState]:
-        """Run the experts over the tokens' demand.
+        """Run the experts over the tokens' demand. Equations (L4), (L5) and (L7).
 
         share: [B, T, E] in units of the fair share; before: the state at the first token, None for fresh sequences.
         Returns the effects on every token, from the state at the start of its tick, and the state after the last one.

@@ -7,6 +7,8 @@ zero at birth: the knobs then hold as they are.
 Sources, all in the background: the protein list and what each does, "What each protein does computationally" in the design dialogue
 (§4 there), its equations in §2.1-2.6 and §9; a small genome per unit with a decoder, "Synaptic Genome Embedding" in the README.
 Dimensions: H heads, G genome length.
+
+Numbered equations are those of prompts/presynapse.md.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ EFFECTS = (
 class Proteins(nn.Module):
     """Expression Ξ in [0, 1] of the sixteen `PROTEINS` in each head. The parameter `level` [H, 16] is the logit of Ξ, 0 at birth.
 
+    Equation (P22).
     A protein of a mechanism that is switched off has no quantity to act on and gets no gradient.
     """
 
@@ -112,7 +115,7 @@ class Proteins(nn.Module):
 
 
 class Xi(nn.Module):
-    """A vector `xi` [H, G] per head, 0 at birth, and a `decoder` [G, quantities] that all heads share.
+    """A vector `xi` [H, G] per head, 0 at birth, and a `decoder` [G, quantities] that all heads share. Equation (P23).
 
     names: the quantities, one column each. The decoder is born as waves over the quantities (a cosine basis), so that each component
     of a genome moves another combination of them: rows are orthogonal while G <= quantities, columns otherwise. Columns have a length

@@ -1,4 +1,5 @@
 """SynapticMoE: an MLP with experts beside it, chosen token by token. Without synapses the same module is a plain mixture of experts.
+Equations (L2) and (L3) of prompts/life_cycle.md; twins: (L14).
 
     logit_e  = x . W_r[e] + identity and SNARE cosines - lateral inhibition + facilitation and depression + NMDA term
     score_e  = logit_e + kappa (account_e - 1/2) + balance_e                 the k best slots are chosen, ties by index
@@ -217,7 +218,7 @@ class SynapticMoE(SynapticMLP):
         return logit, effects.released, after
 
     def _twins(self, logit: Tensor) -> tuple[Tensor, Tensor]:
-        """The logit of every slot and the expert that serves it, [S, E]: of two twins the one with the larger logit plus tie."""
+        """The logit of every slot and the expert that serves it, [S, E]: of two twins the one with the larger logit plus tie (L14)."""
         kept = self.accounts
         places = torch.arange(self.slots, device=logit.device)
         younger = logit[:, kept.child] - logit

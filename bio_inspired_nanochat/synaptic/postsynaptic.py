@@ -12,6 +12,8 @@ s = slots (1 + K): z becomes s tanh(z / s) before it is normalised. F, K, P and 
 
 Source: the postsynaptic half of the background (CaMKII, PP1, BDNF, PSD-95, eligibility trace of low rank).
 Dimensions: B batch, T tokens, r modes.
+
+Numbered equations are those of prompts/synaptic_unit.md.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class Density(nn.Module):
         return {name: getattr(self.cfg, name) * F.softplus(getattr(self, name)) for name in self.positive}
 
     def decay_time(self) -> Tensor:
-        """Decay time of the fast weights in tokens, at least TAU_LEAST: [r] for hebb, [] for delta."""
+        """Decay time of the fast weights in tokens, at least TAU_LEAST: [r] for hebb, [] for delta. Equation (D11)."""
         share = self.cfg.rho_elig
         birth: Tensor | float = -1 / (torch.log(share) if isinstance(share, Tensor) else math.log(share))
         if self.rule == "hebb":
@@ -119,6 +121,7 @@ class Density(nn.Module):
     ) -> tuple[Tensor, FastState]:
         """The layer's output [B, T, n_out] for inputs x [B, T, n_in] and slow weights [n_out, n_in]; the state after the last token.
 
+        Equations (D1), (D2) and (D16).
         before: the state at the first token, None for fresh sequences; record: gets means of what happened.
         """
         if before is None:
@@ -161,6 +164,7 @@ class Density(nn.Module):
     def as_matrix(self, state: FastState) -> Tensor:
         """The addition [n_out, n_in] to the layer's weight that acts as the fast weights of `state` did on average, float32.
 
+        Equation (D17).
         The normalisations and the read gate are replaced by their means over the tokens of the running document.
         """
         means = (torch.stack([state.norm_sum, state.gate_sum]) / state.tokens.clamp(min=1)).prod(0)
@@ -170,7 +174,10 @@ class Density(nn.Module):
     def _gates(
         self, m: Tensor, write: Tensor, before: FastState, place: Place
     ) -> tuple[Tensor, Tensor | None, Tensor | None, DensityState]:
-        """Write strength eta [B, T], what K adds to the logit of the read gate, slots [B, T, 1] of a mode, and the molecules after."""
+        """Write strength eta [B, T], what K adds to the logit of the read gate, slots [B, T, 1] of a mode, and the molecules after.
+
+        Equations (D9), (D10) and (D12).
+        """
         values = self.constants()
         strength = values["hebb_rate"] * write
         molecules = DensityState(*before[1:5])
@@ -194,7 +201,7 @@ class Density(nn.Module):
         return strength.clamp(max=1.0), opening, slots, molecules
 
     def _memory(self, u: Tensor, m: Tensor, eta: Tensor, gamma: Tensor, weights: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """z [B, T, r] and the fast weights after the last token.
+        """z [B, T, r] and the fast weights after the last token. Equation (D18).
 
         The operator empties F where a document begins. A document that begins with F_0 is F = G + F_0 g_t, where g_t is gamma to the
         power of the tokens since its beginning and G starts from zero; under the delta rule G is written with m_t - g_t F_0 u_t.

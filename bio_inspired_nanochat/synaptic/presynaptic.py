@@ -4,6 +4,8 @@ The equations live in `kernels.reference`; this module owns the parameters and k
 A parameter is stored relative to its knob, so that zero (or one, for a positive factor) is the value at birth.
 
 Dimensions: B batch, H query heads, T tokens, N ticks.
+
+Numbered equations are those of prompts/hybrid.md and prompts/presynapse.md.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def _logit(share: float | Tensor) -> float | Tensor:
 
 
 class Presynaptic(nn.Module):
-    """Kinetics, gains and barrier per query head. Parameters are [H]; `gate` maps the block input to a gate per head.
+    """Kinetics, gains and barrier per query head. Parameters are [H]; `gate` maps the block input to a gate per head. Equation (P21).
 
     genome `direct`: every constant is a parameter of its own; `xi`: all constants are decoded from one small vector per head;
     `proteins`: they follow from the levels of 16 proteins per head. Where `cfg` is read for a constant it may also hold a tensor [H]:
@@ -203,7 +205,7 @@ class Presynaptic(nn.Module):
         return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 
     def barrier_bias(self, total: Tensor | None, first: Tensor, keys: int) -> Tensor:
-        """The barrier as a per-key bias [B or 1, H, N, Tk], up to a constant per query row that softmax cancels.
+        """The barrier as a per-key bias [B or 1, H, N, Tk], up to a constant per query row that softmax cancels. Equations (H2) and (H3).
 
         total: [B, H, Tk] running sum L of the gate's costs (gated only); first: [B or 1, N] position of each tick's first token.
         Gated (the forgetting transformer): s_B (L_j - L_first). Linear: -s_B slope_h (first - j).

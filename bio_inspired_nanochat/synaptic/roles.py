@@ -1,4 +1,7 @@
-"""What the parameters of a model are: their role for the optimizer, and the operations that they cost."""
+"""What the parameters of a model are: their role for the optimizer, and the operations that they cost.
+
+Numbered equations are those of prompts/hybrid.md.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def active_size(config: GPTConfig, name: str, parameter: Parameter) -> int:
 
 
 def flops_per_token(config: GPTConfig, named: Mapping[str, Parameter], modes: Sequence[int]) -> int:
-    """Training operations per token, forward and backward: 6 per matrix weight, 12 D per head and visible pair on average.
+    """Training operations per token, forward and backward: 6 per matrix weight, 12 D per head and visible pair on average. Equation (H9).
 
     A synaptic layer adds its drive, a second product of queries and keys: 6 D per head and pair; fast weights of r modes (one entry of
     `modes` each) the product that reads and the one that writes: 12 r^2 per token. Of the routed experts the top k count.

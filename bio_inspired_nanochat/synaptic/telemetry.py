@@ -1,6 +1,8 @@
 """What the terminals of a layer did in one pass: means and histograms per head, and the losses that keep them in range.
 
 Dimensions: B batch, H query heads, N ticks, Tk keys.
+
+Numbered equations are those of prompts/presynapse.md.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ def summarise(record: dict[str, Any], tick: int) -> LayerTelemetry:
 
 
 def auxiliary_loss(record: dict[str, Tensor], energy_weight: float, pool_weight: float) -> Tensor:
-    """Hinge losses of the background, weighted: mean of max(0, 1/2 - E) and of max(0, 1/4 - R) over all terminals and ticks."""
+    """Hinge losses of the background, weighted: mean of max(0, 1/2 - E) and of max(0, 1/4 - R) over all terminals and ticks.
+
+    Equation (P24).
+    """
     loss = record["vesicles"].new_zeros(())
     if energy_weight and "energy" in record:
         loss = loss + energy_weight * (LOW_ENERGY - record["energy"]).clamp(min=0).mean()

@@ -15,7 +15,7 @@ BASES = ("main", "origin/main", "master", "origin/master")
 # Tests of what is no module.
 _OTHERS = {
     "README.md": ("tests/test_readme.py",),
-    "RESULTS.md": ("tests/test_readme.py",),
+    "RESULTS.md": ("tests/test_prompts.py", "tests/test_readme.py"),
     "constraints.txt": ("tests/test_architecture.py", "tests/test_environment.py"),
     "pyproject.toml": ("tests/test_architecture.py", "tests/test_environment.py"),
     "LICENSE": ("tests/test_architecture.py",),
@@ -27,6 +27,7 @@ _OTHERS = {
 _FOLDERS = {
     "rust_src/": ("tests/test_rust.py",),
     "notebooks/": ("tests/test_notebooks.py",),
+    "prompts/": ("tests/test_prompts.py",),
     "docs/": ("tests/test_readme.py",),
     "examples/": ("tests/test_examples.py", "tests/test_readme.py"),
 }
