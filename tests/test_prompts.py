@@ -223,7 +223,7 @@ PLANTED = [
         implementations,
         "synaptic_unit.md",
         "| (D14) | `kernels/molecules.py` | `latch_rates` |",
-        "| (D14) | `registry.py` | `module` |",
+        "| (D14) | `gpt.py` | `module` |",
         "not in",
     ),
     (knobs, "presynapse.md", "`alpha_ca`", "`alpha_calcium`", "`alpha_calcium` is neither"),
