@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tuning.config import SanityConfig, SensitivityConfig
 from bio_inspired_nanochat.tuning.objectives import Score
 from bio_inspired_nanochat.tuning.report import sign_flip
@@ -39,6 +40,23 @@ def test_knobs_are_ranked_by_what_they_do_and_the_inert_one_is_rejected(tmp_path
     record = sensitivity(config, config.space(), Fake(), tmp_path)
     assert record["top"] == ["theta"] and record["ranking"] == ["theta", "tau_c"] and list(record["rejected"]) == ["tau_rrp"]
     assert json.loads((tmp_path / "sensitivity.json").read_text())["top"] == ["theta"]
+
+
+def test_a_screening_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = {"knobs": ("theta", "tau_c"), "trajectories": 2, "points": 2, "stack": 6, "device": "cpu"}
+    config = SensitivityConfig(**settings)
+    whole, cut, further = Fake(), Fake(dies=3), Fake()
+    expected = sensitivity(config, config.space(), whole, tmp_path)
+    assert whole.calls == 5, "ten candidates under two seeds, two at a time beside the start"
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(config, config.space(), cut, tmp_path)
+    with open(tmp_path / "measured.jsonl", "a") as file:
+        file.write("[0.25, 0.")  # a line that was being written
+    resumed = SensitivityConfig(**settings, resume=True)
+    assert sensitivity(resumed, resumed.space(), further, tmp_path) == expected and further.calls == 3
+    other = SensitivityConfig(**settings | {"steps": 7}, resume=True)
+    with pytest.raises(UserError, match="other flags"):
+        sensitivity(other, other.space(), Fake(), tmp_path)
 
 
 def test_known_functions_are_minimised() -> None:
