@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def readiness(config: SanityConfig, space: Space, evaluator: Evaluator) -> dict[
 
 
 def _smoke(config: SanityConfig, space: Space, evaluator: Evaluator, folder: Path) -> dict[str, Any]:
-    """Two generations of the real objective."""
+    """Two generations of the real objective, and how far apart their candidates lie, beside what seeds leave uncertain."""
     for path in folder.glob("*") if folder.is_dir() else ():
         path.unlink()
     folder.mkdir(exist_ok=True)
@@ -94,4 +95,21 @@ def _smoke(config: SanityConfig, space: Space, evaluator: Evaluator, folder: Pat
     run = OptimizeConfig(**shared, generations=2, reevaluate=0)
     found = optimize(run, space, evaluator, folder)
     assert to_dict(run)["generations"] == found["generation"] == 2, found["stop_reason"]
-    return {name: found[name] for name in ("stop_reason", "generation", "best_fitness", "evaluations", "diverged", "seconds")}
+    record = {name: found[name] for name in ("stop_reason", "generation", "best_fitness", "evaluations", "diverged", "seconds")}
+    lines = [json.loads(line) for line in (folder / "progress.jsonl").read_text(encoding="utf-8").splitlines()]
+    record |= spread([one["each"] for line in lines for one in line["candidates"] if None not in one["each"]])
+    if record["error"]:
+        say(f"candidates differ by {record['between']:.3g} (sd), each with an error of {record['error']:.3g} between seeds")
+    return record
+
+
+def spread(each: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """Of candidates' fitness per seed: `between`, the standard deviation of their means, and `error`, the standard error of a mean.
+
+    What a search can exploit is the first where it is larger than the second. None where there are too few candidates or seeds.
+    """
+    if len(each) < 2:
+        return {"between": None, "error": None}
+    fitness = np.asarray(each)
+    error = float((fitness.var(axis=1, ddof=1).mean() / fitness.shape[1]) ** 0.5) if fitness.shape[1] > 1 else None
+    return {"between": float(fitness.mean(axis=1).std(ddof=1)), "error": error}
