@@ -18,8 +18,8 @@ STAGNATION_ACTIONS = ("stop", "sigma_reset", "none")
 class TuneConfig(ObjectiveConfig):
     """What all commands share: the knobs, the objective, and where it runs."""
 
-    syn_preset: str = knob("default", f"where the search begins: one of {', '.join(PRESETS)}, or a preset file")
-    syn_cfg: SynapticConfig = knob(SynapticConfig, "changes to it")
+    syn_preset: str = knob("memory", f"where the search begins: one of {', '.join(PRESETS)}, or a preset file")
+    syn_cfg: SynapticConfig = knob(lambda: SynapticConfig.preset("memory"), "changes to it")
     knobs: tuple[str, ...] = knob((), "knobs to search, without syn_cfg in front; none given: those of --group that act")
     group: str = knob(
         "all", "part of the synapse to search; the winners of a preset file stay fixed then", choices=("all", *GROUPS), off="all"

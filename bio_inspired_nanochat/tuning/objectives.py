@@ -38,11 +38,17 @@ CURVE = 8  # validations of a language model from which its learning curve is ex
 
 
 def _recall() -> Recall:
-    return Recall(distance=32, spread=8, fillers=16, pairs=4, keys=16, values=8)
+    """As many pairs as the fast weights have modes: what is recalled then depends on how well they are written and kept."""
+    return Recall(distance=32, spread=8, fillers=16, pairs=16, keys=32, values=16)
 
 
 def _needle() -> Needle:
     return Needle(distance=48, spread=0, fillers=16)
+
+
+def _optim() -> OptimConfig:
+    """Fast weights have to be learned within a run of few steps."""
+    return OptimConfig(fast_lr=0.02)
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,21 @@ class ObjectiveConfig:
         "text) or composite (both, calibration, and cost)",
         choices=OBJECTIVES,
     )
-    tasks: tuple[str, ...] = knob(("recall", "needle"), "memory tasks", choices=("recall", "needle"))
-    steps: int = knob(300, "optimizer steps of a training", lo=1, hi=1 << 24, unit="steps", aliases=("num_iterations",))
+    tasks: tuple[str, ...] = knob(("recall",), "memory tasks", choices=("recall", "needle"))
+    steps: int = knob(200, "optimizer steps of a training", lo=1, hi=1 << 24, unit="steps", aliases=("num_iterations",))
     rows: int = knob(32, "rows of a step", lo=1, hi=1 << 16, aliases=("device_batch_size",))
     eval_rows: int = knob(256, "rows of a measurement", lo=1, hi=1 << 20)
     n_layer: int = knob(2, "transformer blocks", lo=1, hi=64, aliases=("depth",))
-    n_embd: int = knob(32, "width of the residual stream", lo=8, hi=8192, aliases=("width",))
-    head_dim: int = knob(16, "size of an attention head", lo=2, hi=1024)
-    window: int = knob(0, "attention window of every layer on memory tasks; 0 sees everything", lo=0, hi=1 << 16, off=0, unit="tokens")
+    n_embd: int = knob(64, "width of the residual stream", lo=8, hi=8192, aliases=("width",))
+    head_dim: int = knob(32, "size of an attention head", lo=2, hi=1024)
+    window: int = knob(
+        8,
+        "attention window of every layer on memory tasks; 0 sees everything, and then attention alone recalls",
+        lo=0,
+        hi=1 << 16,
+        off=0,
+        unit="tokens",
+    )
     context: int = knob(64, "tokens of a row of text", lo=2, hi=1 << 16, unit="tokens")
     vocab_size: int = knob(512, "token ids of the language model", lo=266, hi=1 << 20)
     horizon: float = knob(4.0, "the learning curve is extrapolated to so many times --steps", lo=1.0, hi=1e4)
@@ -72,7 +85,7 @@ class ObjectiveConfig:
     stack: int = knob(64, "models that are trained as one at most", lo=1, hi=4096)
     dtype: str = knob("float32", "activations", choices=("float32", "bfloat16"))
     graph: bool = knob(True, "record a step as a CUDA graph and replay it; elsewhere than on CUDA nothing is recorded", off=False)
-    optim: OptimConfig = knob(OptimConfig, "optimizer")
+    optim: OptimConfig = knob(_optim, "optimizer")
     recall: Recall = knob(_recall, "associative recall")
     needle: Needle = knob(_needle, "needle in a haystack")
 
