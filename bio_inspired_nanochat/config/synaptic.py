@@ -309,6 +309,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "router_contrastive_pull": 0.0,
     },
     "pilot": {"tick": 16, "barrier": "none", "drive": "softplus", "theta": 2.0, "syt_fast_kd": 1.0, "syt_mix": 1.0, "beta_max": 0.0},
+    "memory": {"hebb": "delta"},
     "full": {
         "buffer": True,
         "doc2_gain": 0.1,

@@ -16,6 +16,8 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig, build_optimizer
 from bio_inspired_nanochat.tuning.stack import Stack, obstacle
+from bio_inspired_nanochat.tuning.steps import WARM_RUNS as RECORDED_AFTER
+from bio_inspired_nanochat.tuning.steps import Gradients
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class BenchStackConfig:
     rows: int = knob(16, "rows of a step", lo=1, hi=1 << 16)
     context: int = knob(128, "tokens of a row", lo=2, hi=1 << 16, unit="tokens")
     vocab_size: int = knob(256, "number of token ids", lo=2, hi=1 << 20)
+    graph: bool = knob(True, "populations: record a step as a CUDA graph and replay it, as the search does", off=False)
     seconds: float = knob(60.0, "time limit", lo=0.0, hi=1e6, unit="seconds")
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
     dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
@@ -96,10 +99,14 @@ def _stacked(config: BenchStackConfig, size: int, tokens: torch.Tensor, dtype: t
     stack = Stack([config.model()] * size, range(config.seed, config.seed + size), tokens.device)
     stack.compute_dtype = dtype
     optimizer = stack.optimizer(OptimConfig(), config.rows * config.context)
+    gradients = Gradients(stack, config.graph)
+    idx, targets = (part.expand(size, -1, -1) for part in (tokens[:, :-1], tokens[:, 1:]))
+    if gradients.wanted:
+        for _ in range(RECORDED_AFTER + 1):
+            gradients(idx, targets)
 
     def run(_: Any) -> None:
-        stack.losses(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        gradients(idx, targets)
         optimizer.step()
-        optimizer.zero_grad()
 
     return run

@@ -18,8 +18,8 @@ STAGNATION_ACTIONS = ("stop", "sigma_reset", "none")
 class TuneConfig(ObjectiveConfig):
     """What all commands share: the knobs, the objective, and where it runs."""
 
-    syn_preset: str = knob("default", f"where the search begins: one of {', '.join(PRESETS)}, or a preset file")
-    syn_cfg: SynapticConfig = knob(SynapticConfig, "changes to it")
+    syn_preset: str = knob("memory", f"where the search begins: one of {', '.join(PRESETS)}, or a preset file")
+    syn_cfg: SynapticConfig = knob(lambda: SynapticConfig.preset("memory"), "changes to it")
     knobs: tuple[str, ...] = knob((), "knobs to search, without syn_cfg in front; none given: those of --group that act")
     group: str = knob(
         "all", "part of the synapse to search; the winners of a preset file stay fixed then", choices=("all", *GROUPS), off="all"
@@ -62,6 +62,7 @@ class SensitivityConfig(TuneConfig):
     trajectories: int = knob(4, "Morris trajectories; 0 leaves them out", lo=0, hi=1000, off=0)
     points: int = knob(2, "values that a knob is moved to, one at a time; 0 leaves it out", lo=0, hi=100, off=0)
     top: int = knob(10, "knobs to name for the search", lo=1, hi=1000)
+    resume: bool = knob(False, "go on with what --run_dir holds of the same measurements", off=False)
     census_steps: int = knob(0, "reject the knobs that a census of so many training steps finds inert; 0 skips it", lo=0, hi=1 << 20, off=0)
 
     def __post_init__(self) -> None:

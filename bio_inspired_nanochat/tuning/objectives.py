@@ -31,18 +31,24 @@ from bio_inspired_nanochat.study.models import WindowedConfig
 from bio_inspired_nanochat.tasks.memory import MemoryTask, Recall, as_generator
 from bio_inspired_nanochat.tasks.needle import Needle
 from bio_inspired_nanochat.tuning.stack import Single, Stack, obstacle, stack_key
+from bio_inspired_nanochat.tuning.steps import Batch, by_seed, task_rows, text_rows, train
 
 OBJECTIVES = ("recall", "lm", "composite")
 CURVE = 8  # validations of a language model from which its learning curve is extrapolated
-Batch = tuple[Tensor, Tensor]
 
 
 def _recall() -> Recall:
-    return Recall(distance=32, spread=8, fillers=16, pairs=4, keys=16, values=8)
+    """As many pairs as the fast weights have modes: what is recalled then depends on how well they are written and kept."""
+    return Recall(distance=32, spread=8, fillers=16, pairs=16, keys=32, values=16)
 
 
 def _needle() -> Needle:
     return Needle(distance=48, spread=0, fillers=16)
+
+
+def _optim() -> OptimConfig:
+    """Fast weights have to be learned within a run of few steps."""
+    return OptimConfig(fast_lr=0.02)
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,21 @@ class ObjectiveConfig:
         "text) or composite (both, calibration, and cost)",
         choices=OBJECTIVES,
     )
-    tasks: tuple[str, ...] = knob(("recall", "needle"), "memory tasks", choices=("recall", "needle"))
-    steps: int = knob(300, "optimizer steps of a training", lo=1, hi=1 << 24, unit="steps", aliases=("num_iterations",))
+    tasks: tuple[str, ...] = knob(("recall",), "memory tasks", choices=("recall", "needle"))
+    steps: int = knob(200, "optimizer steps of a training", lo=1, hi=1 << 24, unit="steps", aliases=("num_iterations",))
     rows: int = knob(32, "rows of a step", lo=1, hi=1 << 16, aliases=("device_batch_size",))
     eval_rows: int = knob(256, "rows of a measurement", lo=1, hi=1 << 20)
     n_layer: int = knob(2, "transformer blocks", lo=1, hi=64, aliases=("depth",))
-    n_embd: int = knob(32, "width of the residual stream", lo=8, hi=8192, aliases=("width",))
-    head_dim: int = knob(16, "size of an attention head", lo=2, hi=1024)
-    window: int = knob(0, "attention window of every layer on memory tasks; 0 sees everything", lo=0, hi=1 << 16, off=0, unit="tokens")
+    n_embd: int = knob(64, "width of the residual stream", lo=8, hi=8192, aliases=("width",))
+    head_dim: int = knob(32, "size of an attention head", lo=2, hi=1024)
+    window: int = knob(
+        8,
+        "attention window of every layer on memory tasks; 0 sees everything, and then attention alone recalls",
+        lo=0,
+        hi=1 << 16,
+        off=0,
+        unit="tokens",
+    )
     context: int = knob(64, "tokens of a row of text", lo=2, hi=1 << 16, unit="tokens")
     vocab_size: int = knob(512, "token ids of the language model", lo=266, hi=1 << 20)
     horizon: float = knob(4.0, "the learning curve is extrapolated to so many times --steps", lo=1.0, hi=1e4)
@@ -71,7 +84,8 @@ class ObjectiveConfig:
     cost_weight: float = knob(0.3, "composite: weight of operations per token and bytes of state", lo=0.0, hi=1.0, off=0.0)
     stack: int = knob(64, "models that are trained as one at most", lo=1, hi=4096)
     dtype: str = knob("float32", "activations", choices=("float32", "bfloat16"))
-    optim: OptimConfig = knob(OptimConfig, "optimizer")
+    graph: bool = knob(True, "record a step as a CUDA graph and replay it; elsewhere than on CUDA nothing is recorded", off=False)
+    optim: OptimConfig = knob(_optim, "optimizer")
     recall: Recall = knob(_recall, "associative recall")
     needle: Needle = knob(_needle, "needle in a haystack")
 
@@ -173,11 +187,11 @@ def _trained(
         parts = [[seed] for seed in seeds]
     else:
         models, parts = [Stack(configs, seeds, device)], [seeds]
-    train: Callable[..., list[dict[str, float]]] = _train_on_task if isinstance(task, MemoryTask) else _train_on_text
+    judged: Callable[..., list[dict[str, float]]] = _train_on_task if isinstance(task, MemoryTask) else _train_on_text
     found = []
     for model, part in zip(models, parts, strict=True):
         model.compute_dtype = getattr(torch, config.dtype)
-        found += train(config, model, part, task, device)
+        found += judged(config, model, part, task, device)
     operations = GPT(configs[0]).flops_per_token()
     size = float(_state_bytes(configs[0]))
     return [{**one, "operations": operations, "state_bytes": size} for one in found]
@@ -191,38 +205,13 @@ def _state_bytes(config: GPTConfig) -> int:
     )
 
 
-def _run(config: ObjectiveConfig, model: Stack | Single, total: int, batches: Iterator[Batch]) -> Iterator[int]:
-    """Train for `config.steps` of a schedule of `total`; yields the number of steps done."""
-    optimizer = None
-    for step in range(config.steps):
-        idx, targets = next(batches)
-        if optimizer is None:
-            optimizer = model.optimizer(config.optim, idx.shape[-1] * idx.shape[-2])
-        optimizer.schedule(step, total)
-        model.losses(idx, targets).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield step + 1
-
-
-def _by_seed(seeds: Sequence[int], make: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
-    """Batches [K, B, T] of models of these seeds: models of one seed see the same rows."""
-    streams = {seed: make(seed) for seed in dict.fromkeys(seeds)}
-    while True:
-        drawn = {seed: next(stream) for seed, stream in streams.items()}
-        tokens, targets = (torch.stack([drawn[seed][side] for seed in seeds]) for side in (0, 1))
-        yield tokens, targets
-
-
 def _train_on_task(
     config: ObjectiveConfig, model: Stack | Single, seeds: Sequence[int], task: MemoryTask, device: torch.device
 ) -> list[dict[str, float]]:
     def rows(seed: int) -> Iterator[Batch]:
-        generator = as_generator(stable_hash(seed, task.name, "train"), device)
-        while True:
-            yield task.batch(generator, config.rows)
+        return task_rows(task, as_generator(stable_hash(seed, task.name, "train"), device), config.rows)
 
-    for _ in _run(config, model, config.steps, _by_seed(seeds, rows)):
+    for _ in train(model, by_seed(seeds, rows), config.steps, config.steps, config.optim, config.graph):
         pass
     held_out = {
         seed: task.unseen().sample(as_generator(stable_hash(seed, task.name, "measure"), device), config.eval_rows)
@@ -251,21 +240,15 @@ def _asked(model: Stack | Single, idx: Tensor, rows: int) -> Tensor:
 def _train_on_text(
     config: ObjectiveConfig, model: Stack | Single, seeds: Sequence[int], task: None, device: torch.device
 ) -> list[dict[str, float]]:
-    train, held_out = text_rows(config)
+    shown, held_out = (part.to(device) for part in read_text(config))
 
     def rows(seed: int) -> Iterator[Batch]:
-        generator = as_generator(stable_hash(seed, "text"))
-        while True:
-            for picked in torch.randperm(len(train), generator=generator).split(config.rows):
-                if len(picked) == config.rows:
-                    chosen = train[picked].to(device)
-                    yield chosen[:, :-1], chosen[:, 1:]
+        return text_rows(shown, as_generator(stable_hash(seed, "text")), config.rows)
 
     due = curve_steps(config.steps)
     total, curve, errors = math.ceil(config.steps * config.horizon), [], []
-    held_out = held_out.to(device)
     idx = held_out[:, :-1].expand(model.size, -1, -1)
-    for step in _run(config, model, total, _by_seed(seeds, rows)):
+    for step in train(model, by_seed(seeds, rows), config.steps, total, config.optim, config.graph):
         if step in due:
             logits = _asked(model, idx, config.rows)
             each = [F.cross_entropy(one.flatten(0, 1), held_out[:, 1:].flatten()).item() for one in logits]
@@ -302,13 +285,13 @@ def extrapolate(steps: Sequence[int], losses: Sequence[float], until: float) -> 
     return best[1]
 
 
-def text_rows(config: ObjectiveConfig) -> Batch:
+def read_text(config: ObjectiveConfig) -> Batch:
     """Training rows [N, T + 1] and held-out rows [M, T + 1] of token ids, on the CPU; read once per process."""
-    return _text_rows(config.data_dir, config.vocab_size, config.context, min(config.steps, 1000) * config.rows, config.eval_rows)
+    return _read_text(config.data_dir, config.vocab_size, config.context, min(config.steps, 1000) * config.rows, config.eval_rows)
 
 
 @functools.lru_cache(maxsize=2)
-def _text_rows(data_dir: str | None, vocab_size: int, context: int, rows: int, eval_rows: int) -> Batch:
+def _read_text(data_dir: str | None, vocab_size: int, context: int, rows: int, eval_rows: int) -> Batch:
     source = resolve_data(data_dir)
     tokenizer = ensure_tokenizer(source, vocab_size)
     parts = []

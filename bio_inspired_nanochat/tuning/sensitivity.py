@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from bio_inspired_nanochat.common import pick_device, say, stable_hash, table, write_atomic
+from bio_inspired_nanochat.common import pick_device, say, stable_hash, table, this_rank, write_atomic
+from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.census import Census
 from bio_inspired_nanochat.tuning.config import SensitivityConfig
-from bio_inspired_nanochat.tuning.evolver import measure
+from bio_inspired_nanochat.tuning.evolver import FREE, measure
 from bio_inspired_nanochat.tuning.space import Space
 from bio_inspired_nanochat.tuning.workers import Evaluator
 
 LEVELS = 4  # of the Morris grid
 JUMP = LEVELS / (2 * (LEVELS - 1))  # length of a step on it, the one with which all levels are met equally often
+UNASKED = frozenset(("top", "census_steps", "workers", "stack", "graph"))  # further flags that may differ when measuring goes on
 SILENT = 1e-9  # a change of fitness that is rounding
 
 
@@ -73,7 +76,7 @@ def sensitivity(config: SensitivityConfig, space: Space, evaluator: Evaluator, f
     points = [point for _, point in moved] + [list(map(float, point)) for path in paths for point in path]
     seeds = [stable_hash(config.seed, "sensitivity", i) for i in range(config.seeds)]
     say(f"{len(points)} candidates under {config.seeds} seeds each, {len(space.axes)} knobs")
-    each, _ = measure(config, evaluator, space.base, [space.config(point) for point in points], seeds, config.device)
+    each = _measured(config, space, evaluator, points, seeds, folder / "measured.jsonl")
     means = [statistics.fmean(row) for row in each]
     effects = elementary_effects(paths, np.reshape(means[len(moved) :], paths.shape[:2]))
     rows = []
@@ -97,6 +100,31 @@ def sensitivity(config: SensitivityConfig, space: Space, evaluator: Evaluator, f
     table(columns, [tuple(row[name] for name in columns) for row in rows])
     write_atomic(folder / "sensitivity.json", json.dumps(record, indent=1) + "\n")
     return record | {"run_dir": str(folder)}
+
+
+def _measured(
+    config: SensitivityConfig, space: Space, evaluator: Evaluator, points: Sequence[Sequence[float]], seeds: Sequence[int], path: Path
+) -> list[list[float]]:
+    """Fitness [candidate][seed], measured by as many as are trained as one; each portion is written to `path` at once.
+
+    With --resume=1 what is there already is taken over. Raises UserError when it was measured under other settings.
+    """
+    asked = {name: value for name, value in to_dict(config).items() if name not in FREE | UNASKED} | {"searched": space.names}
+    head = json.dumps(asked, sort_keys=True)
+    lines = (path.read_text(encoding="utf-8").splitlines() if config.resume and path.exists() else []) or [head]
+    if lines[0] != head:
+        raise UserError(f"resume=1: {path} was measured with other flags: give the same ones, or another --run_dir")
+    each = [[math.inf if value is None else float(value) for value in json.loads(line)] for line in lines[1:] if line.endswith("]")]
+    write_atomic(path, "\n".join(lines[: len(each) + 1]) + "\n")
+    portion = max(1, config.stack // config.seeds * max(1, config.workers, this_rank().world) - 1)  # the start is trained in every one
+    while len(each) < len(points):
+        say(f"{len(each)} of {len(points)} candidates are measured")
+        part = [space.config(point) for point in points[len(each) : len(each) + portion]]
+        found, _ = measure(config, evaluator, space.base, part, seeds, config.device)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps([value if math.isfinite(value) else None for value in row]) + "\n" for row in found)
+        each += found
+    return each
 
 
 def _row(name: str, moved: Sequence[Sequence[float]], effects: Sequence[float], inert: str | None) -> dict[str, Any]:

@@ -118,6 +118,10 @@ class Stack:
         """The stacked parameters by the name that a single model gives them."""
         return self.weights.items()
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The stacked parameters."""
+        return list(self.weights.values())
+
     def optimizer(self, config: OptimConfig, batch_tokens: int) -> Optimizer:
         """The optimizer of all models; each moves as alone. Clipping by the norm of all gradients would couple them: UserError."""
         if config.grad_clip:
@@ -267,6 +271,10 @@ class Single:
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype) -> None:
         self.model.set_compute_dtype(dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See `Stack`."""
+        return list(self.model.parameters())
 
     def optimizer(self, config: OptimConfig, batch_tokens: int) -> Optimizer:
         """See `Stack`."""

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bio_inspired_nanochat.tuning.config import SanityConfig, SensitivityConfig
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.tuning.config import OptimizeConfig, SanityConfig, SensitivityConfig
 from bio_inspired_nanochat.tuning.objectives import Score
 from bio_inspired_nanochat.tuning.report import sign_flip
-from bio_inspired_nanochat.tuning.sanity import TOLERANCE, minimise, readiness, rosenbrock, sphere
+from bio_inspired_nanochat.tuning.sanity import TOLERANCE, minimise, readiness, rosenbrock, sphere, spread
 from bio_inspired_nanochat.tuning.sensitivity import JUMP, elementary_effects, morris_points, sensitivity
 from tests.tuning.fakes import Fake
 
@@ -41,6 +42,23 @@ def test_knobs_are_ranked_by_what_they_do_and_the_inert_one_is_rejected(tmp_path
     assert json.loads((tmp_path / "sensitivity.json").read_text())["top"] == ["theta"]
 
 
+def test_a_screening_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = {"knobs": ("theta", "tau_c"), "trajectories": 2, "points": 2, "stack": 6, "device": "cpu"}
+    config = SensitivityConfig(**settings)
+    whole, cut, further = Fake(), Fake(dies=3), Fake()
+    expected = sensitivity(config, config.space(), whole, tmp_path)
+    assert whole.calls == 5, "ten candidates under two seeds, two at a time beside the start"
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(config, config.space(), cut, tmp_path)
+    with open(tmp_path / "measured.jsonl", "a") as file:
+        file.write("[0.25, 0.")  # a line that was being written
+    resumed = SensitivityConfig(**settings, resume=True)
+    assert sensitivity(resumed, resumed.space(), further, tmp_path) == expected and further.calls == 3
+    other = SensitivityConfig(**settings | {"steps": 7}, resume=True)
+    with pytest.raises(UserError, match="other flags"):
+        sensitivity(other, other.space(), Fake(), tmp_path)
+
+
 def test_known_functions_are_minimised() -> None:
     for function in (sphere, rosenbrock):
         least, count = minimise(function, seed=0)
@@ -56,6 +74,48 @@ def test_the_gate_wants_three_standard_deviations(gap: float, ready: bool) -> No
 
     found = readiness(config, config.space(), evaluator)
     assert found["ready"] is ready and (math.isnan(gap) or found["noise"] == pytest.approx((4 / 3) ** 0.5))
+
+
+def test_the_bad_setting_of_the_gate_is_one_that_a_search_meets() -> None:
+    """Every knob of it lies within one and a half first step sizes of the start, and inside the bounds."""
+    config, search = SanityConfig(device="cpu"), OptimizeConfig(device="cpu")
+    space, asked = config.space(), []
+
+    def evaluator(candidates, seeds):
+        asked.extend(candidates)
+        return [[Score(answer_loss=1.0)] * len(seeds) for _ in candidates]
+
+    found = readiness(config, space, evaluator)
+    assert not found["ready"], "all are alike"
+    bad = found["bad_setting"]
+    assert len(bad) == 2 and asked[0] == space.base and {name: getattr(asked[1], name) for name in bad} == bad
+    for axis, start in zip(space.axes, space.start(), strict=True):
+        assert axis.name not in bad or 0 < abs(axis.unit(bad[axis.name]) - start) < 1.5 * search.sigma0, axis.name
+
+
+def test_by_default_only_fast_weights_bring_an_answer() -> None:
+    config = SanityConfig(device="cpu")
+    assert config.syn_cfg.hebb == "delta" and config.n_layer * (config.window - 1) < config.recall.distance
+
+
+@pytest.mark.parametrize(
+    "changes, bad", [({"knobs": ("rho_elig",)}, ["rho_elig"]), ({"knobs": ("barrier_strength",)}, ["barrier_strength"])]
+)
+def test_the_gate_takes_a_bad_value_of_what_is_searched(changes: dict, bad: list[str]) -> None:
+    config = SanityConfig(device="cpu", **changes)
+    assert list(readiness(config, config.space(), Fake())["bad_setting"]) == bad
+
+
+def test_a_gate_without_a_bad_value_says_so() -> None:
+    config = SanityConfig(device="cpu", knobs=("tau_c", "theta"))
+    with pytest.raises(UserError, match="hebb_rate, rho_elig, barrier_strength, lambda_loge alone"):
+        readiness(config, config.space(), Fake())
+
+
+def test_the_spread_of_candidates_stands_beside_the_error_between_seeds() -> None:
+    found = spread([[1.0, 3.0], [5.0, 7.0]])
+    assert found == pytest.approx({"between": 8**0.5, "error": 1.0})
+    assert spread([[1.0], [2.0]])["error"] is None and spread([[1.0, 2.0]]) == {"between": None, "error": None}
 
 
 def test_the_paired_test_is_exact() -> None:
