@@ -48,6 +48,7 @@ from bio_inspired_nanochat.synaptic import (
     param_roles,
     rms_norm,
     rotary,
+    stream_scales,
     summarise,
 )
 
@@ -159,7 +160,7 @@ class GPT(nn.Module):
 
     def _scales(self) -> list[Tensor]:
         """Per layer the factors [2] of the residual stream and of x0."""
-        return list(torch.stack([self.resid_scale, self.x0_scale], dim=1))
+        return list(stream_scales(self.resid_scale, self.x0_scale))
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = self.head(rms_norm(x)).to(torch.promote_types(x.dtype, torch.float32))

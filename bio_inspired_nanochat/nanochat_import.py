@@ -38,6 +38,7 @@ from torch import Tensor
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.errors import UserError, nearest
 from bio_inspired_nanochat.gpt import GATE_CHANNELS, GPT, SOFTCAP
+from bio_inspired_nanochat.synaptic import LEAST_SHARE
 from bio_inspired_nanochat.synaptic.layers import QK_SCALE, ROPE_BASE
 
 # Upstream's name of every parameter and the one here; {i} is the layer.
@@ -247,6 +248,11 @@ def _weights(file: Path, config: GPTConfig, state: dict[str, Tensor]) -> dict[st
     missing = [name for name in expected if name not in weights]
     if missing:
         raise UserError(f"{file} is incomplete: it has nothing for {missing[0]} ({len(missing)} parameters are missing)")
+    entering = float(weights["resid_scale"][0] + weights["x0_scale"][0])
+    if entering < LEAST_SHARE:
+        raise UserError(
+            f"{file} cannot be represented: resid_lambdas[0] + x0_lambdas[0] is {entering:.3g}, here a model keeps it at {LEAST_SHARE} or above"
+        )
     return weights
 
 

@@ -330,6 +330,7 @@ REFUSED = {
     "size": ({}, {"n_head": "2"}, "n_head='2'"),
     "heads": ({}, {"n_head": 5}, "n_head=5"),
     "vocabulary": ({}, {"vocab_size": 400}, "shape"),
+    "turned_stream": ({"x0_lambdas": torch.full((3,), -1.2)}, {}, "resid_lambdas.0. . x0_lambdas.0. is -0.05"),
     "integers": ({"resid_lambdas": torch.ones(3, dtype=torch.int64)}, {}, "torch.int64"),
 }
 

@@ -13,24 +13,30 @@ from bio_inspired_nanochat.errors import UserError
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes CUDA, then MPS, then CPU. Under torchrun a CUDA device is the local rank's.
 
-    A CUDA device is probed with a launch, because a visible GPU may still be unusable by this build.
+    A CUDA device is probed with a launch, because a visible GPU may still be unusable by this build, and becomes the current one of this
+    thread, because that is where Triton launches. Raises UserError for a device that cannot be used and for a rank without a GPU.
     """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if name in ("auto", "cuda") and torch.cuda.is_available() and local >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"local rank {local} has no GPU of its own: this machine has {count}; use --nproc_per_node={count} or --device=cpu")
     if name == "auto":
-        name = "cuda" if _cuda_works() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif name == "cuda" and not _cuda_works():
+        name = "cuda" if _cuda_works(local) else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif name == "cuda" and not _cuda_works(local):
         raise UserError("device=cuda is not usable: no CUDA GPU answers a test launch; use --device=cpu")
     elif name == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps is not available on this machine; use --device=cpu")
     if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
     return torch.device(name)
 
 
-def _cuda_works() -> bool:
+def _cuda_works(index: int) -> bool:
     if not torch.cuda.is_available():
         return False
     try:
-        return bool((torch.ones(8, device="cuda") + 1).sum().item() == 16)
+        return bool((torch.ones(8, device=torch.device("cuda", index)) + 1).sum().item() == 16)
     except RuntimeError:
         return False
 

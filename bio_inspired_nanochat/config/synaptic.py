@@ -21,7 +21,7 @@ FAST_LAYERS = ("q", "k", "v", "o", "mlp_in", "mlp_out")  # the projections of a 
 class SynapticConfig(ExpertConfig):
     """Constants of the presynaptic terminal and the postsynaptic density. Times are in tokens; rates are per token."""
 
-    tick: int = knob(8, "tokens per tick: synaptic state is constant within a tick and advances at its end", lo=1, hi=1024, unit="tokens")
+    tick: int = knob(16, "tokens per tick: synaptic state is constant within a tick and advances at its end", lo=1, hi=1024, unit="tokens")
     presyn: bool = knob(True, "presynaptic terminals: calcium, release, depletion and refill bias the attention logits", off=False)
     barrier: str = knob(
         "gated",

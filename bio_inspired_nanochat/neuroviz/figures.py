@@ -182,7 +182,9 @@ def arrange(identities: Tensor, method: str = "pca") -> Tensor:
         raise UserError("--method=umap needs the package umap-learn: install it, or use --method=pca") from None
     import torch
 
-    return torch.from_numpy(UMAP(n_neighbors=min(15, len(identities) - 1), random_state=0).fit_transform(identities.numpy())).float()
+    return torch.from_numpy(
+        UMAP(n_neighbors=min(15, len(identities) - 1), random_state=0, n_jobs=1).fit_transform(identities.numpy())
+    ).float()
 
 
 @_styled

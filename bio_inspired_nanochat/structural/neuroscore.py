@@ -29,13 +29,14 @@ TINY = 1e-12
 
 
 def contributions(tap: Tensor, tokens: Tensor, world: int = 1) -> Tensor:
-    """Contribution [E] in nats per token, from the sums [E, 2] of a and a^2 that a backward left behind. Equation (L16).
+    """Contribution [..., E] in nats per token, from the sums [..., E, 2] of a and a^2 that a backward left behind. Equation (L16).
 
-    tokens: over all forwards and ranks. The backward of a mean over each rank's tokens saw gradients 1 / (tokens / world) as large
+    tokens [...]: over all forwards and ranks. The backward of a mean over each rank's tokens saw gradients 1 / (tokens / world) as large
     as those of one token's own loss.
     """
+    tokens = tokens[..., None]
     scale = tokens / world
-    first, second = tap[:, 0] * scale / tokens, tap[:, 1] * scale.square() / tokens
+    first, second = tap[..., 0] * scale / tokens, tap[..., 1] * scale.square() / tokens
     return -first + second / 2
 
 

@@ -3,7 +3,7 @@
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.synaptic.accounts import Accounts
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
-from bio_inspired_nanochat.synaptic.block import GATE_CHANNELS, Block, Embedding
+from bio_inspired_nanochat.synaptic.block import GATE_CHANNELS, LEAST_SHARE, Block, Embedding, stream_scales
 from bio_inspired_nanochat.synaptic.consolidation import Consolidation, consolidate, rollback, sleep
 from bio_inspired_nanochat.synaptic.engram import Engram
 from bio_inspired_nanochat.synaptic.execution import describe_execution
@@ -22,6 +22,7 @@ __all__ = [
     "DENSITY_ROLES",
     "GAINS",
     "GATE_CHANNELS",
+    "LEAST_SHARE",
     "MLP",
     "Accounts",
     "Block",
@@ -59,6 +60,7 @@ __all__ = [
     "rotary",
     "same_layout",
     "sleep",
+    "stream_scales",
     "summarise",
     "vitals",
 ]

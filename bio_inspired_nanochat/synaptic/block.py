@@ -19,6 +19,18 @@ from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
 from bio_inspired_nanochat.synaptic.state import Arrival, ExpertState, Extras, FastState, LayerState
 
 GATE_CHANNELS = 12
+LEAST_SHARE = 0.05  # of the embedding in the stream that enters the first layer
+
+
+def stream_scales(resid: Tensor, x0: Tensor) -> Tensor:
+    """Factors [..., L, 2] of the residual stream and of the embedding x0 for L layers, from the learned resid and x0 [..., L].
+
+    The stream that enters the first layer is x0 itself, so only the sum of its two factors counts, and behind an RMS norm hardly more
+    than the sign of that: a step across zero would turn the whole stream around at once. The sum is kept at `LEAST_SHARE` or above; its
+    gradient is that of the free sum, so that it can come back.
+    """
+    short = (LEAST_SHARE - resid[..., :1] - x0[..., :1]).clamp(min=0).detach()
+    return torch.stack([torch.cat([resid[..., :1] + short, resid[..., 1:]], dim=-1), x0], dim=-1)
 
 
 class Embedding(nn.Embedding):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from bio_inspired_nanochat.structural.splitmerge import Event, record
 from bio_inspired_nanochat.synaptic import Probe, Routing, SynapticMoE
 from bio_inspired_nanochat.training.ranks import gather
 
-MOST_BALLOTS = 20_000
+MOST_BALLOTS = 5000
 
 
 class Ballot(NamedTuple):
@@ -27,18 +27,35 @@ class Ballot(NamedTuple):
     ended: bool
 
 
+class Ballots:
+    """The newest decisions about experts of the whole run, over all its processes."""
+
+    def __init__(self) -> None:
+        self.cast: deque[Ballot] = deque(maxlen=MOST_BALLOTS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON types: health, split and ended of each."""
+        return {"cast": [[ballot.health, int(ballot.split), int(ballot.ended)] for ballot in self.cast]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.cast = deque((Ballot(health, bool(split), bool(ended)) for health, split, ended in state["cast"]), maxlen=MOST_BALLOTS)
+
+
 class ExpertKeeper:
     """Applies what the forwards of one optimizer step say of the experts, between steps and alike on every rank.
 
-    every: steps between life cycles, 0 for none; log: of rank 0, or None. events counts those of this process, ballots keeps its last
-    decisions.
+    every: steps between life cycles, 0 for none; log: of rank 0, or None; ballots: where decisions are kept. events counts those of this
+    process.
     """
 
-    def __init__(self, model: GPT, optimizer: Moments, every: int, seed: int, log: LineageLog | None = None) -> None:
+    def __init__(
+        self, model: GPT, optimizer: Moments, every: int, seed: int, log: LineageLog | None = None, ballots: Ballots | None = None
+    ) -> None:
         self.model, self.optimizer, self.every, self.seed, self.log = model, optimizer, every, seed, log
         self.ledger = Ledger(model)
         self.events = 0
-        self.ballots: deque[Ballot] = deque(maxlen=MOST_BALLOTS)
+        self.ballots = Ballots() if ballots is None else ballots
 
     def probes(self) -> list[Probe]:
         """Instruments for the next forward, one per layer."""
@@ -58,9 +75,8 @@ class ExpertKeeper:
         decided = [decide(layer, cfg) for layer in self.model.experts()]
         said = repr(decided)
         assert all(other == said for other in gather(said)), "ranks decide differently about experts: their weights have come apart"
-        if self.log is not None:
-            for layer, events in zip(self.model.experts(), decided, strict=True):
-                self.ballots.extend(_ballots(layer, events))
+        for layer, events in zip(self.model.experts(), decided, strict=True):
+            self.ballots.cast.extend(_ballots(layer, events))
         loss = self._loss(idx, targets) if any(decided) else None
         for index, (layer, events) in enumerate(zip(self.model.experts(), decided, strict=True)):
             for event in events:
@@ -100,4 +116,4 @@ def _ballots(layer: SynapticMoE, events: Sequence[Event]) -> list[Ballot]:
     split = {event.slots[0] for event in events if event.event == "split"}
     ended = {slot for event in events if event.event in ("death", "merge") for slot in event.slots}
     healths = health(layer.accounts, False).tolist()
-    return [Ballot(healths[slot], slot in split, slot in ended) for slot in layer.accounts.alive.nonzero().flatten().tolist()]
+    return [Ballot(round(healths[slot], 6), slot in split, slot in ended) for slot in layer.accounts.alive.nonzero().flatten().tolist()]

@@ -18,6 +18,7 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import Optimizer
 from bio_inspired_nanochat.synaptic import Probe, Routing, SynapticCausalSelfAttention
 from bio_inspired_nanochat.tokenizer import Tokenizer
+from bio_inspired_nanochat.training.experts import Ballots
 from bio_inspired_nanochat.training.loopstate import Progress, Registry
 from bio_inspired_nanochat.training.plan import Plan
 
@@ -71,9 +72,9 @@ class Job:
     """Everything that one run works with.
 
     save: writes a checkpoint of the progress and returns its path on rank 0, reload: returns to one but for its place in the data; both are
-    collective. states: whatever else a checkpoint must hold. masked: the batches hold different numbers of targets, so that a step weighs
-    its forwards by them. prompts: what samples of text continue, by default SAMPLE_PROMPTS. origin: the checkpoint that a fine-tuning
-    began with.
+    collective. states: whatever else a checkpoint must hold; ballots: decisions about experts. masked: the batches hold different numbers
+    of targets, so that a step weighs its forwards by them. prompts: what samples of text continue, by default SAMPLE_PROMPTS. origin: the
+    checkpoint that a fine-tuning began with.
     """
 
     plan: Plan
@@ -88,6 +89,7 @@ class Job:
     save: Callable[[Job], Path | None]
     reload: Callable[[Job, Path], None] | None = None
     states: Registry = field(default_factory=Registry)
+    ballots: Ballots = field(default_factory=Ballots)
     log_dir: Path | None = None
     resumed_from: Path | None = None
     masked: bool = False

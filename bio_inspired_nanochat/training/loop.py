@@ -68,7 +68,8 @@ class Trainer:
             log.resume(self.start_step)
         elif log is not None:
             log.found([self.plan.model.num_experts] * self.plan.model.n_layer)
-        return ExpertKeeper(self.job.model, self.job.optimizer, self.config.splitmerge_every, self.config.seed, log)
+        every, seed = self.config.splitmerge_every, self.config.seed
+        return ExpertKeeper(self.job.model, self.job.optimizer, every, seed, log, self.job.ballots)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the first reason to stop. Returns the script's last line; see `result`."""
@@ -352,8 +353,7 @@ class Trainer:
             return
         model = whole_model(self.job.model)
         if self.job.rank.first:
-            ballots = () if self.keeper is None else self.keeper.ballots
-            seen = look(model, self._last_batch, self.progress.step, ballots)
+            seen = look(model, self._last_batch, self.progress.step, self.job.ballots.cast)
             if seen is not None:
                 self._tell("on_look", seen)
 

@@ -199,6 +199,8 @@ def register_states(job: Job) -> None:
     job.states.add("progress", job.progress)
     job.states.add("loader", job.loader, per_rank=True)
     job.states.add("rng", Generators(job.device), per_rank=True)
+    if job.plan.model.num_experts:
+        job.states.add("ballots", job.ballots)
 
 
 def restore(job: Job, saved: Checkpoint) -> None:

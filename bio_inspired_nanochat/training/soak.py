@@ -115,8 +115,10 @@ def _soak(config: SoakConfig, folder: Path) -> dict[str, Any]:
     say(f"undisturbed: {steps} steps")
     calm = _part(folder / "calm", steps, None)
     _require(calm, None)
-    say(f"disturbed: about every {config.calm:g} s, undisturbed it took {time.monotonic() - start:.0f} s")
-    parts, sent = _disturbed(config, folder / "disturbed", steps, began + 60 * config.minutes)
+    took = time.monotonic() - start
+    say(f"disturbed: about every {config.calm:g} s, undisturbed it took {took:.0f} s")
+    until = max(began + 60 * config.minutes, time.monotonic() + took)  # on a machine that grew busy the minutes may be over already
+    parts, sent = _disturbed(config, folder / "disturbed", steps, until)
     last, whole = parts[-1].record, calm.record
     assert last is not None and whole is not None
     losses = [_losses(record) for record in (whole, last)]

@@ -35,7 +35,7 @@ class Look:
     values, layers: by tag of `training.metrics`, of the whole model and per layer (None where a layer has none); constants: per layer
     what was learned, a list over heads each; memory: per layer the memory of its fast weights in tokens, by projection; experts: a row
     per living expert; identities [E, d] or None: their router embedding, in that order; pools: per layer and quantity the histograms
-    [H, BINS]; ballots: all decisions of the life cycle in this process, newest last.
+    [H, BINS]; ballots: decisions of the life cycle in the whole run, newest last.
     """
 
     step: int

@@ -25,6 +25,7 @@ from bio_inspired_nanochat.kernels import tick_drive
 from bio_inspired_nanochat.optim import OptimConfig, Optimizer, build_optimizer
 from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
+from bio_inspired_nanochat.synaptic.block import stream_scales
 from bio_inspired_nanochat.synaptic.layers import QK_SCALE, CausalSelfAttention, apply_rotary, rotary
 from bio_inspired_nanochat.synaptic.linear import rms_norm
 from bio_inspired_nanochat.synaptic.postsynaptic import POSITIVE as DENSITY_POSITIVE
@@ -152,8 +153,9 @@ class Stack:
         x0 = x = rms_norm(self._lookup("embed.weight", idx))
         positions = torch.arange(idx.shape[-1], device=idx.device)[None]
         cos_sin = rotary(positions, self.config.head_dim, x.dtype)
+        scales = stream_scales(self.weights["resid_scale"], self.weights["x0_scale"]).to(x.dtype)
         for layer in range(self.config.n_layer):
-            scale, mix = (self.weights[name][:, layer, None, None, None].to(x.dtype) for name in ("resid_scale", "x0_scale"))
+            scale, mix = scales[:, layer, :, None, None, None].unbind(1)
             x = scale * x + mix * x0
             x = x + self._attend(layer, idx, rms_norm(x), cos_sin)
             hidden = self._linear(layer, "mlp.w_in", rms_norm(x))

@@ -131,6 +131,7 @@ def _serve(connection: Connection, config: ObjectiveConfig, device: str, index: 
     place = pick_device(device)
     if place.type == "cuda" and "LOCAL_RANK" not in os.environ:  # under torchrun every rank has its own GPU already
         place = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(place)  # where Triton launches
     while True:
         try:
             candidates, seeds = connection.recv()

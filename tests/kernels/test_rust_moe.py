@@ -185,7 +185,7 @@ def test_steps_of_metabolism_equal_the_reference(name):
         cfg = layer().synapse.cfg
         for step in range(12):
             x = inputs(2, 40, seed=step)
-            update(moe, moe.statistics(x, moe.route(x, Place())[0]), cfg)
+            update([moe], [moe.statistics(x, moe.route(x, Place())[0])], cfg)
         pair.append(moe)
     start = lived(name).accounts
     for (field, want), got, old in zip(pair[0].accounts.named_buffers(), pair[1].accounts.buffers(), start.buffers(), strict=True):

@@ -34,7 +34,7 @@ def settle(moe, steps):
         x = stream(step)
         with torch.no_grad():
             found = moe.statistics(x, moe.route(x, START)[0])
-        update(moe, found, moe.synapse.cfg)
+        update([moe], [found], moe.synapse.cfg)
         total = total + found.demand / (moe.k * found.tokens / moe.accounts.alive.sum())
     return total / steps
 

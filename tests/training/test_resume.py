@@ -60,6 +60,7 @@ def same_checkpoint(left: str, right: str) -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert a.meta["loop"]["ranks"] == b.meta["loop"]["ranks"], "data position and random generators"
+    assert a.meta["loop"].get("ballots") == b.meta["loop"].get("ballots"), "decisions about experts"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +82,7 @@ def test_stopping_and_resuming_changes_no_bit(tmp_path, kind):
             events = [read_lineage(each["log_dir"]) for each in (whole, record)]
             between = [event for event in events[0] if stops[0] < event["step"] <= (stops[1] if stops[1:] else 7)]
             assert events[0] == events[1] and between, "events of the life cycle lie between the stops"
+            assert load_checkpoint(Path(record["checkpoint"])).meta["loop"]["ballots"]["cast"], "what was decided before the stops is kept"
 
 
 def test_what_has_state_is_registered_once_and_all_of_it(tmp_path, monkeypatch):
@@ -93,7 +95,7 @@ def test_what_has_state_is_registered_once_and_all_of_it(tmp_path, monkeypatch):
     own = [value for value in vars(job).values() if hasattr(value, "state_dict")]
     elsewhere = [job.model, job.optimizer]  # files of their own
     assert [type(value).__name__ for value in own if not any(value is part for part in [*registered, *elsewhere])] == []
-    assert set(job.states.of_run()) | set(job.states.of_rank()) == {"progress", "loader", "rng"}
+    assert set(job.states.of_run()) | set(job.states.of_rank()) == {"progress", "loader", "rng", "ballots"}
     kept = {name for name, _ in job.model.named_buffers()} & set(job.model.state_dict())
     assert any("accounts.energy" in name for name in kept), "accounts of experts are buffers that checkpoints hold"
     with pytest.raises(AssertionError, match="loader is registered twice"):
