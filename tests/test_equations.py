@@ -215,7 +215,7 @@ def test_the_account_follows_its_closed_form_and_reaches_the_thresholds_in_the_s
     routing = Routing(torch.tensor(400.0), visits, visits, visits, torch.zeros(4), torch.diag(visits), torch.ones(4, 8), torch.ones(8))
     energies = [moe.accounts.energy.clone()]
     for _ in range(170):
-        update(moe, routing, cfg)
+        update([moe], [routing], cfg)
         energies.append(moe.accounts.energy.clone())
     course = torch.stack(energies)
     rest = 0.5 + 0.5 * (share - 1)

@@ -178,7 +178,8 @@ def links(texts: Texts) -> Iterator[str]:
 def literature(texts: Texts) -> Iterator[str]:
     """What is cited is in the list, and nothing is in the list for show."""
     listed = re.findall(r"^- \*\*([^*]+)\*\*\. ", texts.pages["references.md"], re.MULTILINE)
-    cited = {key for page in texts.pages.values() for key in re.findall(r"\[([^]]+)\]\(references\.md\)", page)} - {"references.md"}
+    found = re.findall(r"\[([^]]+)\]\(references\.md\)", "\n".join(texts.pages.values()))
+    cited = {" ".join(key.split()) for key in found} - {"references.md"}
     yield from (f"{key} is cited but not listed" for key in sorted(cited - set(listed)))
     yield from (f"{key} is listed but not cited" for key in sorted(set(listed) - cited))
 

@@ -147,7 +147,7 @@ def _settled(layers: Sequence[SynapticMoE], routing: Sequence[Routing], cfg: Syn
 
 
 def _balance(kept: SimpleNamespace, load: Tensor, cfg: SynapticConfig) -> None:
-    """Move the balancing bias of every slot, and blend and tie of its twins. Equation (L10)."""
+    """Move the balancing bias of every slot, and blend and tie of its twins. Equations (L10) and (L14)."""
     places = torch.arange(load.shape[1], device=load.device)
     leads, paired = kept.alive & (kept.lead == places), kept.child != places
     younger = load.gather(1, kept.child) * paired
