@@ -57,6 +57,7 @@ def test_the_contracts_see_a_drive_that_knows_the_future(monkeypatch: pytest.Mon
     module = type(make_model("dendrites").blocks[0].attn.synapse.extra["dendrites"])
     honest = module.forward
     monkeypatch.setattr(module, "forward", lambda self, x: honest(self, x.roll(-1, 1)))
+    monkeypatch.setattr(contracts, "shared", contracts.shared.__wrapped__)  # what the honest one made is kept there
     with pytest.raises(AssertionError):
         contracts.test_the_future_never_changes_the_past("dendrites", "plain", "reference", 13)
 

@@ -29,7 +29,8 @@ MORE_STEPS = 20  # for a value whose parameters are new: what it does may show o
 PROBE = 9999  # the step whose batch is measured on; training never comes to it
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
 EXPERTS = {"num_experts": 4, "expert_ratio": 1}  # in every model, so that the mechanisms of experts have something to act on
-# Constants under which a text of 64 tokens drains pools and energy and sees what was released come back.
+TICK = 8  # so that a text of 64 tokens has several
+# Constants under which such a text drains pools and energy and sees what was released come back.
 SMALL: Mapping[str, Any] = {
     "release_rate": 0.3,
     "tau_rrp": 24.0,
@@ -118,9 +119,9 @@ class CensusRow(NamedTuple):
 
 
 def small_config(mechanisms: Sequence[str]) -> SynapticConfig:
-    """The config of a small model with these mechanisms on: `SMALL` wherever it belongs to one of them."""
+    """The config of a small model with these mechanisms on: short ticks, and `SMALL` wherever it belongs to one of them."""
     on = set(closure(*mechanisms))
-    return config_with(*mechanisms, **{name: value for name, value in SMALL.items() if on.intersection(owners(name))})
+    return config_with(*mechanisms, tick=TICK, **{name: value for name, value in SMALL.items() if on.intersection(owners(name))})
 
 
 def together(names: Iterable[str]) -> tuple[str, ...]:

@@ -121,13 +121,15 @@ def test_the_printed_config_leaves_nothing_open(capsys):
 def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():
     """Per row a synaptic model needs little more than vanilla where one operator serves its layers, and T^2 / c values where not."""
     sizes = {"sequence_len": 8192, "vocab_size": 8192, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768}
+    ticks = SynapticConfig(tick=8)
     vanilla, fused, split = (
         bytes_per_row(GPTConfig(**sizes, synapses=synapses, syn_cfg=cfg), torch.bfloat16)
-        for synapses, cfg in ((False, SynapticConfig()), (True, SynapticConfig()), (True, SynapticConfig(lateral_strength=0.1)))
+        for synapses, cfg in ((False, ticks), (True, ticks), (True, SynapticConfig(tick=8, lateral_strength=0.1)))
     )
     assert fused == vanilla and split > 10 * vanilla
     shorter = {**sizes, "sequence_len": 2048}
-    kept = bytes_per_row(GPTConfig(**shorter, synapses=True), torch.bfloat16) - bytes_per_row(GPTConfig(**shorter), torch.bfloat16)
+    kept = bytes_per_row(GPTConfig(**shorter, synapses=True, syn_cfg=ticks), torch.bfloat16)
+    kept -= bytes_per_row(GPTConfig(**shorter), torch.bfloat16)
     assert kept == pytest.approx(12 * 12 * 2048 * 2048 / 8 * 2, rel=0.01)  # the drive, one bfloat16 per head, tick and key
 
 
