@@ -29,7 +29,7 @@ MORE_STEPS = 20  # for a value whose parameters are new: what it does may show o
 PROBE = 9999  # the step whose batch is measured on; training never comes to it
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
 EXPERTS = {"num_experts": 4, "expert_ratio": 1}  # in every model, so that the mechanisms of experts have something to act on
-TICK = 8  # so that a text of 64 tokens has several
+TICK = 4  # so that a text of 64 tokens has many
 # Constants under which such a text drains pools and energy and sees what was released come back.
 SMALL: Mapping[str, Any] = {
     "release_rate": 0.3,
