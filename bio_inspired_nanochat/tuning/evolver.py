@@ -27,7 +27,7 @@ from bio_inspired_nanochat.tuning.workers import Evaluator, Local
 # What may differ between a run and its continuation.
 FREE = frozenset(
     ("generations", "budget_minutes", "resume", "run_dir", "device", "eval_timeout", "optuna", "live", "tensorboard", "early_stop")
-    + ("stagnation_gens", "stagnation_min_improve", "stagnation_action")
+    + ("stagnation_gens", "stagnation_min_improve", "stagnation_action", "graph")
 )
 
 

@@ -62,7 +62,7 @@ class ObjectiveConfig:
         choices=OBJECTIVES,
     )
     tasks: tuple[str, ...] = knob(("recall",), "memory tasks", choices=("recall", "needle"))
-    steps: int = knob(200, "optimizer steps of a training", lo=1, hi=1 << 24, unit="steps", aliases=("num_iterations",))
+    steps: int = knob(250, "optimizer steps of a training", lo=1, hi=1 << 24, unit="steps", aliases=("num_iterations",))
     rows: int = knob(32, "rows of a step", lo=1, hi=1 << 16, aliases=("device_batch_size",))
     eval_rows: int = knob(256, "rows of a measurement", lo=1, hi=1 << 20)
     n_layer: int = knob(2, "transformer blocks", lo=1, hi=64, aliases=("depth",))

@@ -25,7 +25,7 @@ from bio_inspired_nanochat.tuning.workers import Evaluator
 
 LEVELS = 4  # of the Morris grid
 JUMP = LEVELS / (2 * (LEVELS - 1))  # length of a step on it, the one with which all levels are met equally often
-UNASKED = frozenset(("top", "census_steps", "workers", "stack", "graph"))  # further flags that may differ when measuring goes on
+UNASKED = frozenset(("top", "census_steps", "workers", "stack"))  # further flags that may differ when measuring goes on
 SILENT = 1e-9  # a change of fitness that is rounding
 
 
