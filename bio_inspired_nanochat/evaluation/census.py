@@ -45,7 +45,7 @@ SMALL: Mapping[str, Any] = {
     "stochastic_train_frac": 0.5,
     "tau_camkii": 12.0,
     "tau_pp1": 8.0,
-    "pp1_gain": 4.0,
+    "pp1_gain": 8.0,
     "tau_bdnf": 24.0,
     "camkii_half": 0.2,
 }
