@@ -44,14 +44,16 @@ def run(
     timeout: float = 300,
     preload: tuple[str, ...] = SCRIPTS,
     at_import: tuple[tuple[str, str], ...] = (),
+    python: str | None = None,
 ) -> subprocess.CompletedProcess:
     """`subprocess.run([sys.executable, *words], capture_output=True, text=True)` with an empty standard input.
 
-    preload: modules that the process has already imported; at_import: variables that these read while they were.
+    preload: modules that the process has already imported; at_import: variables that these read while they were; python: the
+    interpreter that it starts itself, in place of the real one (`tests.standin`).
     A process that a signal ended has the exit code -signal. Raises subprocess.TimeoutExpired after `timeout` seconds, when it has been
     killed.
     """
-    return run_together(words, [os.environ if env is None else env], cwd, timeout, preload, at_import)[0]
+    return run_together(words, [os.environ if env is None else env], cwd, timeout, preload, at_import, python)[0]
 
 
 def run_together(
@@ -61,12 +63,13 @@ def run_together(
     timeout: float = 300,
     preload: tuple[str, ...] = SCRIPTS,
     at_import: tuple[tuple[str, str], ...] = (),
+    python: str | None = None,
 ) -> list[subprocess.CompletedProcess]:
     """As `run`, but a process at the same time in each of these environments."""
     with tempfile.TemporaryDirectory() as folder:
         places = [(Path(folder, f"out{i}"), Path(folder, f"err{i}")) for i in range(len(environments))]
         requests = [
-            {"words": list(words), "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err)}
+            {"words": list(words), "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err), "python": python}
             for env, (out, err) in zip(environments, places, strict=True)
         ]
         server = _server(preload, at_import)
@@ -114,7 +117,8 @@ def _serve(preload: Sequence[str]) -> None:
         for request in json.loads(line):
             pid = os.fork()
             if pid == 0:
-                _become(request)
+                streams = ((os.devnull, os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("out", "err")))
+                become(request, [os.open(path, flags, 0o600) for path, flags in streams])
             pids.append(pid)
         print(json.dumps(pids), flush=True)
         for pid in pids:
@@ -123,12 +127,11 @@ def _serve(preload: Sequence[str]) -> None:
     gc.unfreeze()  # libraries look at the end for what was not freed
 
 
-def _become(request: dict) -> None:
-    """In the fork: be that command, and end as an interpreter does."""
+def become(request: dict, streams: Sequence[int]) -> None:
+    """In the fork: be that command on these three open files, and end as an interpreter does."""
     code = 1
     try:
-        for name, number, flags in ((os.devnull, 0, os.O_RDONLY), (request["out"], 1, os.O_WRONLY), (request["err"], 2, os.O_WRONLY)):
-            opened = os.open(name, flags | (os.O_CREAT | os.O_APPEND if number else 0), 0o600)
+        for number, opened in enumerate(streams):
             os.dup2(opened, number)
             os.close(opened)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 (as long as the process lives)
@@ -136,6 +139,7 @@ def _become(request: dict) -> None:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         before = [place for place in sys.path if place not in ("", str(ROOT))]
+        sys.executable = request.get("python") or sys.executable
         sys.path[:] = [request["cwd"], *request["env"].get("PYTHONPATH", "").split(os.pathsep), *before]
         code = _execute(*request["words"])
         for stream in (sys.stdout, sys.stderr):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import standin
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -19,8 +20,11 @@ def launched(world: int, *words: str) -> tuple[int, str, str]:
     The launcher holds the port of the rendezvous and the store behind it, so nobody else takes the one and no rank that is done early
     closes the other.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", *words]
-    process = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    python = standin.python()
+    command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", *words]
+    process = subprocess.Popen(
+        command, env=ENV | {"PYTHON_EXEC": python}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         said, complaints = process.communicate(timeout=PATIENCE)
     except BaseException:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from bio_inspired_nanochat.engine import Sampling, generate, generate_batch, next_tokens, stream_text
+from bio_inspired_nanochat.engine import Sampling, generate, generate_batch, next_tokens
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.tokenizer import Tokenizer
 from tests.contract import make_model
 
 KINDS = ["vanilla", "default"]
@@ -140,15 +139,6 @@ def test_ties_go_to_the_smaller_id():
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(UserError, match="not finite"):
         next_tokens(torch.full((1, 5), float("nan")), Sampling(), [0.5])
-
-
-def test_streaming_holds_back_half_a_character():
-    tokenizer = Tokenizer.train(["abc " * 50], 266)
-    ids = tokenizer.encode("aé🙂b")
-    pieces = list(stream_text(iter(ids), tokenizer))
-    assert "".join(pieces) == "aé🙂b" and "\ufffd" not in "".join(pieces)
-    cut = list(stream_text(iter(ids[:2]), tokenizer))
-    assert "".join(cut) == "a\ufffd", "an unfinished character is shown as such at the end"
 
 
 def test_generation_follows_documents_when_they_are_kept_apart():

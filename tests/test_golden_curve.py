@@ -11,7 +11,7 @@ import torch
 
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.gpt import GPT
-from tests.small_training import VOCAB, train
+from bio_inspired_nanochat.tasks.phrases import VOCAB, train
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curves.json"
 STEPS = 15

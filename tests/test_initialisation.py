@@ -11,9 +11,9 @@ from bio_inspired_nanochat.common.automata import RULES
 from bio_inspired_nanochat.config import GPTConfig, knobs_of, parse, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.tasks.phrases import VOCAB, batch, train
 from bio_inspired_nanochat.training import TrainConfig
 from bio_inspired_nanochat.training.plan import make_plan
-from tests.small_training import VOCAB, batch, train
 
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
 DRAWN = ("attn.q.weight", "attn.k.weight", "attn.v.weight", "mlp.w_in.weight")

@@ -291,6 +291,13 @@ def test_sweeping_calcium_up_and_down_draws_a_hysteresis_loop():
     assert opening[1] - opening[0] > 0.1
 
 
+@pytest.mark.parametrize(("gain", "tokens", "held"), [(1.9, 1600, False), (2.1, 1600, True), (4.2, 32, False), (4.5, 32, True)])
+def test_what_is_held_depends_on_the_gain_as_the_knob_says(gain, tokens, held):
+    calcium = torch.cat([torch.ones(1, tokens), torch.zeros(1, 2400)], dim=1)
+    camkii = density(calcium, DensityParams(8, True, latch_gain=gain), rest(), 0)[0]
+    assert (float(camkii[0, -1]) > 0.5) == held
+
+
 def test_the_switch_remembers_after_the_input_stops():
     params = DensityParams(8, True)
     _, written = constant([0.0, 1.0], params, 16)

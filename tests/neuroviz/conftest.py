@@ -13,10 +13,8 @@ from bio_inspired_nanochat.common import base_dir
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.neuroviz.tensorboard import TensorBoard
 from bio_inspired_nanochat.training import train
-from tests.conftest import chromium
 from tests.training.tiny import small
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 MEMORY = {"hebb": "delta", "rank_eligibility": 8, "camkii_gain": 1.0, "pp1_gain": 1.0, "bdnf_gamma": 1.0, "fast_layers": ("q", "mlp_in")}
 LIFE = {"expert_youth": 2, "split_health_min": 0.5, "death_health_max": 0.45, "twin_overlap": 1.0}
 EVERYTHING = dataclasses.replace(SynapticConfig.preset("full"), tick=4, theta=-1.0, **MEMORY, **LIFE)
@@ -57,15 +55,6 @@ def everything() -> Trained:
 def trained() -> Trained:
     """See `everything`."""
     return everything()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium(), args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture

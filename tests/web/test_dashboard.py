@@ -25,7 +25,7 @@ from bio_inspired_nanochat.training.callbacks import JsonLog, Run
 from bio_inspired_nanochat.training.vitals import look
 from bio_inspired_nanochat.web.config import DashboardConfig
 from bio_inspired_nanochat.web.dashboard import make_dashboard
-from tests.neuroviz.conftest import browser, trained  # noqa: F401 (fixtures)
+from tests.neuroviz.conftest import trained  # noqa: F401 (a fixture)
 from tests.training.tiny import small
 
 SENTENCE = "the king said"
@@ -147,7 +147,7 @@ def test_an_empty_run_folder_is_told_of(tmp_path):
 
 
 @pytest.fixture
-def show(browser):  # noqa: F811
+def show(browser):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     problems = []

@@ -10,27 +10,16 @@ from pathlib import Path
 import pytest
 
 from bio_inspired_nanochat.engine import reply
-from tests.conftest import chromium
 from tests.engine.speakers import speaker, tokenizer
 from tests.web.conftest import serving, tiny
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOSTILE = (
     '# Title\n\n**bold** <img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> <svg onload="window.hacked=3"></svg>\n\n'
     "[bad](javascript:window.hacked=4) [good](https://example.org) ![pic](https://example.org/p.png)\n\n"
     '<form action="https://example.org"><input></form><iframe srcdoc="<script>parent.hacked=5</script>"></iframe>\n\n'
     "```\n<b>code</b>\n```\n\n<div style='position:fixed;inset:0'>cover</div>\n"
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium(), args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture
