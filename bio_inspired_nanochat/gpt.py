@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.checkpoint import find_checkpoint, load_checkpoint
-from bio_inspired_nanochat.common import generator_for
+from bio_inspired_nanochat.common import generator_for, to_host
 from bio_inspired_nanochat.common.automata import RULES, automaton_matrix
 from bio_inspired_nanochat.config import GPTConfig, from_dict
 from bio_inspired_nanochat.errors import UserError
@@ -217,7 +217,7 @@ class GPT(nn.Module):
         *,
         telemetry: bool = False,
         noise_seed: int | None = None,
-        noise_step: int = 0,
+        noise_step: int | Tensor = 0,
         samples: int = 1,
         sequence_ids: Tensor | None = None,
         routing: bool = False,
@@ -242,7 +242,9 @@ class GPT(nn.Module):
         """Whether this model's synapses can release at random."""
         return self.config.synapses and "stochastic" in active_mechanisms(self.config.syn_cfg)
 
-    def _noise(self, idx: Tensor, seed: int | None, sequence_ids: Tensor | None, step: int = 0, sample: int = 0) -> ReleaseNoise | None:
+    def _noise(
+        self, idx: Tensor, seed: int | None, sequence_ids: Tensor | None, step: int | Tensor = 0, sample: int = 0
+    ) -> ReleaseNoise | None:
         if seed is None or not self.stochastic:
             return None
         ids = torch.arange(idx.shape[0]) if sequence_ids is None else sequence_ids
@@ -269,7 +271,7 @@ class GPT(nn.Module):
             assert records is not None
             aux = torch.stack([auxiliary_loss(record, cfg.aux_energy, cfg.aux_pool) for record in records]).mean()
         if telemetry:
-            summary = [summarise(record, cfg.tick) for record in records or []]
+            summary = summarise(records or [], cfg.tick)
         return RunOutput(logits, loss, aux, summary, routing=None if routes is None else [route for (route,) in routes])
 
     def _monte_carlo(
@@ -402,19 +404,9 @@ class GPT(nn.Module):
         return [block.mlp for block in self.blocks if isinstance(block.mlp, SynapticMoE)]
 
     def gains(self) -> list[dict[str, list[float]]]:
-        """Learned output gains per layer: one list over heads for each gain that exists; empty for a vanilla model.
-
-        Fast weights count as `fast_<projection>`: a list of one, the root mean square of the matrix that they are read through.
-        """
-        found = []
-        for block in self.blocks:
-            synapse = getattr(block.attn, "synapse", None)
-            gains = {name: getattr(synapse, name).detach().float().tolist() for name in GAINS if hasattr(synapse, name)}
-            for key, layer in block.fast_layers().items():
-                gains[f"fast_{key}"] = [float(layer.density.out.detach().float().square().mean().sqrt())]
-            if gains:
-                found.append(gains)
-        return found
+        """Learned output gains per layer (see `Block.gains`): a list for each that exists; empty for a vanilla model."""
+        held = to_host([gains for block in self.blocks if (gains := block.gains())])
+        return [{name: values.tolist() for name, values in layer.items()} for layer in held]
 
     @torch.no_grad()
     def zero_gains(self) -> GPT:
@@ -432,7 +424,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> GPT:
-        """The model of a checkpoint (a step directory or a folder of them), in evaluation mode on `device`."""
+        """The model of a checkpoint (a step directory or a folder of them), in evaluation mode on `device`.
+
+        Raises UserError for a missing or damaged one, and for one whose tensors do not fit its own configuration.
+        """
         checkpoint = load_checkpoint(find_checkpoint(path))
         config = from_dict(GPTConfig, checkpoint.meta.get("model_config"))
         with torch.device("meta"):

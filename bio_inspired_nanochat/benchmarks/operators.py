@@ -140,23 +140,23 @@ class Inputs:
 
     @property
     def kinetics(self) -> list[Tensor]:
-        """The terminals' constants that a backward reaches."""
+        """The terminals' constants that a backward reaches, [H] each."""
         return [value for value in self.params if isinstance(value, Tensor)]
 
     def drive(self, backend: str) -> Tensor:
-        """U of q and k."""
+        """U of q and k, [B, H, N, T]."""
         return tick_drive(self.q, self.k, self.theta, self.cell.tick, self.scale, kind=self.cfg.drive, backend=backend)
 
     def biased(self, beta: Tensor, backend: str) -> Tensor:
-        """Attention with a bias per tick."""
+        """Attention [B, H, T, D] with a bias beta [B, H, N, T] per tick."""
         return tick_biased_attention(self.q, self.k, self.v, beta, self.cell.tick, self.scale, backend=backend)
 
     def bias(self, drive: Tensor, backend: str, causal: bool = False) -> Tensor:
-        """beta of a mean drive per token; causal: no key has a drive before its own tick."""
+        """beta [B, H, N, T] of a mean drive per token [B, H, N, T]; causal: no key has a drive before its own tick."""
         return presyn(drive, self.params, closed=self.cell.tokens // self.cell.tick, causal=causal, backend=backend)[0]
 
     def layer(self, backend: str) -> Tensor:
-        """All three, as a synaptic layer runs them."""
+        """All three, as a synaptic layer runs them: [B, H, T, D]."""
         if backend == "fused":
             largest = QK_SCALE**2 * self.cell.head_dim * self.scale  # of a logit, which QK norm gives
             return fused_attention(self.q, self.k, self.v, self.theta, self.params, self.scale, largest, **self.gate, kind=self.cfg.drive)

@@ -1,4 +1,4 @@
-"""What the three benchmarks share: how a device is named, where a record goes, why something cannot run."""
+"""What the benchmarks share: how a device is named, where a record goes, why something cannot run."""
 
 from __future__ import annotations
 

@@ -170,6 +170,7 @@ class _Together:
         self.steps(WARM_STEPS)
         self.gib: float | None = None
         if device.type == "cuda" and self.takes_part:
+            self.rehearsal.gradients.release()
             torch.cuda.reset_peak_memory_stats(device)
             self.rehearsal.step()
             wait_for_device(device)

@@ -60,6 +60,7 @@ class BenchTrainConfig:
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
     compile: str = knob("auto", "torch.compile of all; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    graph: str = knob("auto", _TRAINING["graph"].doc, choices=_TRAINING["graph"].choices)
     seconds: float = knob(60.0, "time for the timed steps; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
     dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
@@ -88,6 +89,7 @@ class Trainee(Rehearsal):
         optimizer state and what the forward keeps for the backward.
         """
         if self.device.type == "cuda":
+            self.gradients.release()  # what a replay reads and writes was allocated when it was recorded
             wait_for_device(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.step()
@@ -102,7 +104,8 @@ class Trainee(Rehearsal):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.forward()
+            probes = None if self.keeper is None else self.keeper.probes()
+            self.engine(self.idx, self.targets, 0, 0, probes)
         entries = self.optimizer.state_dict()["parameters"].values()
         states = sum(value.nbytes for entry in entries for value in entry["state"].values() if isinstance(value, Tensor))
         return sum(2 * parameter.nbytes for parameter in self.model.parameters()) + states + sum(saved.values())
@@ -135,7 +138,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     record |= {"depth": model.n_layer, "n_embd": model.n_embd, "head_dim": model.head_dim, "max_seq_len": model.sequence_len}
     record |= {"vocab_size": model.vocab_size, "device_batch_size": plan.rows, "total_batch_size": plan.tokens_per_step}
     record |= {"tick": model.syn_cfg.tick, "syn_preset": config.syn_preset, "backend": model.backend}
-    record |= {"compiled": plan.config.compile == "1", **dict(zip(_names(plans), results, strict=True))}
+    record |= {"compiled": plan.config.compile == "1", "graph": plan.config.graph == "1", **dict(zip(_names(plans), results, strict=True))}
     keep_record(config.json, record)
     return record
 
@@ -149,7 +152,9 @@ def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, ..
     sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
     if device.type != "cuda":
         sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared: dict[str, Any] = {name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "dtype", "seed")}
+    shared: dict[str, Any] = {
+        name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "graph", "dtype", "seed")
+    }
     base = TrainConfig(**sizes, **shared, num_iterations=1)
     synaptic = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
     rows = config.device_batch_size or make_plan(synaptic, device, 1).rows

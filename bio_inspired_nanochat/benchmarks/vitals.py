@@ -16,12 +16,14 @@ from bio_inspired_nanochat.common import pick_device, say, table
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
 from bio_inspired_nanochat.training import Callback, StepRecord, TrainConfig
 from bio_inspired_nanochat.training.callbacks import JsonLog, Run
+from bio_inspired_nanochat.training.looks import EVERY, Looks
 from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.plan import make_plan
 from bio_inspired_nanochat.training.vitals import look
 
 _TRAINING = knobs_of(TrainConfig)
 _DEFAULTS = TrainConfig()
+RUN_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class BenchVitalsConfig:
     device_batch_size: int | None = knob(None, "rows of one forward; auto is that of training", lo=1, hi=1 << 20, aliases=("batch_size",))
     num_experts: int = knob(0, "experts of every MLP", lo=0, hi=4096, off=0)
     syn_preset: str = knob("default", "named set of synaptic constants", choices=tuple(PRESETS))
-    vitals_every: int = knob(_DEFAULTS.vitals_every, _TRAINING["vitals_every"].doc, lo=1, unit="steps")
-    log_every: int = knob(_DEFAULTS.log_every, _TRAINING["log_every"].doc, lo=1, unit="steps")
+    vitals_every: int | None = knob(_DEFAULTS.vitals_every, _TRAINING["vitals_every"].doc.partition("; 0")[0], lo=1, unit="steps")
+    log_every: int = knob(_DEFAULTS.log_every, _TRAINING["log_every"].doc.partition("; 0")[0], lo=1, unit="steps")
     seconds: float = knob(60.0, "time for the timed runs", lo=0.0, hi=1e6, unit="seconds")
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
@@ -96,15 +98,32 @@ def bench_vitals(config: BenchVitalsConfig, make: Callable[[], Sequence[Callback
     return _record(config, plan.dtype, device, {name: course.spread().median for name, course in courses.items()})
 
 
+def bounded_share(every: int | None, step: float, look: float) -> float:
+    """The share of step time that looks take in a run of `RUN_STEPS` steps, by the rule of `training.looks`, its first look included.
+
+    every: as `--vitals_every`, not 0; step, look: seconds of one.
+    """
+    now = spent = 0.0
+    looks, often = Looks(every, clock=lambda: now, tell=lambda _: None), every or EVERY
+    for at in (1, *range(often, RUN_STEPS + 1, often)):
+        now = at * step + spent
+        if looks.take(at, at == RUN_STEPS):
+            with looks.timed():
+                spent += look
+                now += look
+    return spent / (RUN_STEPS * step)
+
+
 def _record(config: BenchVitalsConfig, dtype: torch.dtype, device: torch.device, seconds: dict[str, float]) -> dict[str, Any]:
-    step = seconds["step"]
-    shares = {"look": seconds["look"] / (config.vitals_every * step), "line": seconds["line"] / (config.log_every * step)}
-    every = {"look": config.vitals_every, "line": config.log_every}
-    rows = [("step", short(1e3 * step), "", "")]
-    rows += [(name, short(1e3 * seconds[name]), every[name], f"{100 * share:.3f} %") for name, share in shares.items()]
-    table(("what", "ms", "every", "share of step time"), rows)
+    step, every = seconds["step"], {"look": config.vitals_every or EVERY, "line": config.log_every}
+    shares = {name: seconds[name] / (every[name] * step) for name in every}
+    kept = shares | {"look": bounded_share(config.vitals_every, step, seconds["look"])}
+    rows = [("step", short(1e3 * step), "", "", "")]
+    rows += [(name, short(1e3 * seconds[name]), every[name], *(f"{100 * one[name]:.3f} %" for one in (shares, kept))) for name in every]
+    table(("what", "ms", "every", "share of step time", "with looks left out"), rows)
     record = place(device, dtype) | {f"{name}_ms": short(1e3 * value) for name, value in seconds.items()}
     record |= {"look_share": short(shares["look"]), "line_share": short(shares["line"]), "share": short(sum(shares.values()))}
+    record |= {"bounded_look_share": short(kept["look"]), "bounded_share": short(sum(kept.values()))}
     record |= {"vitals_every": config.vitals_every, "log_every": config.log_every}
     keep_record(config.json, record)
     return record

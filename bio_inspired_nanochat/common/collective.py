@@ -20,7 +20,7 @@ def several() -> bool:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over all ranks, in the order of ranks: the same bits on every rank and in every run. Collective.
+    """The sum over all ranks, of the shape of `values`, in the order of ranks: the same bits on every rank and in every run. Collective.
 
     Costs as many bytes as there are ranks times those of the values: meant for statistics, not for gradients.
     """
@@ -35,7 +35,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Whether this rank holds only some rows of a tensor."""
+    """Whether this rank holds only some rows of a tensor [rows, ...], as FSDP cuts it."""
     if not several():
         return False
     from torch.distributed.tensor import DTensor  # takes a second to import
@@ -44,12 +44,12 @@ def is_cut(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that this rank holds, sharing memory; possibly none."""
+    """The rows of a tensor [rows, ...] that this rank holds, sharing memory; possibly none."""
     return tensor.detach().to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, on every rank. Collective where the tensor is cut; a tensor that is not comes back itself."""
+    """All rows of a tensor [rows, ...], on every rank. Collective where the tensor is cut; a tensor that is not comes back itself."""
     return tensor.detach().full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 

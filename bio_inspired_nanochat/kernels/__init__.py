@@ -76,7 +76,7 @@ def _off_triton(x: Tensor) -> str | None:
 
 
 def triton_obstacle(q: Tensor, tick: int, rest: Tensor | None = None) -> str | None:
-    """Why the tiled kernels cannot serve a call, or None. rest: theta or beta, which must be float32."""
+    """Why the tiled kernels cannot serve a call with queries q [B, H, T, D], or None. rest: theta or beta, which must be float32."""
     if obstacle := _off_triton(q):
         return obstacle
     from bio_inspired_nanochat.kernels import drive_triton, tiles  # imported late: a machine without Triton never gets here

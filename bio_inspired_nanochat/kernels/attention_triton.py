@@ -168,7 +168,7 @@ def attention_adjoint(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, doc: Tensor | None, y: Tensor, stat: Tensor,
     tick: int, scale: float, q_start: int, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and beta."""
+    """Gradients of q, k, v and beta, of their shapes, from grad, that of y [B, H, Tq, D]; stat [B, H, Tq]: what the forward kept."""
     q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
     planes, (delta, side) = to_planes(beta, q.dtype, 1 / scale), adjoint.row_products(grad, y, stat, scale)

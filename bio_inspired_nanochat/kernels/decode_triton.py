@@ -234,7 +234,10 @@ def obstacle(cache: Mapping[str, Tensor], terminals: PresynParams | None, random
 
 
 def splits_of(pairs: int, length: int, k: Tensor) -> tuple[int, int]:
-    """Keys that a program loads at once, and keys of a split: few splits, but programs for a whole card."""
+    """Keys that a program loads at once, and keys of a split: few splits, but programs for a whole card.
+
+    pairs: of sequence and key head; length: of the cache k [B, Hkv, L, D] that is in use, in tokens.
+    """
     if not FAST:  # the interpreter is for small sizes
         return 4, 8
     block = max(16, min(64, TILE_BYTES // (k.shape[-1] * k.element_size())))

@@ -254,7 +254,7 @@ def tick_drive_adjoint(
     grad: Tensor, q: Tensor, k: Tensor, theta: Tensor, doc: Tensor | None,
     tick: int, scale: float, q_start: int, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and theta from that of the drive."""
+    """Gradients of q, k and theta, of their shapes, from that of the drive [B, H, N, Tk]."""
     q, k, theta = dense(q), dense(k), theta.contiguous()
     site = Site(tick, scale, q_start, window, doc, 0, q.shape[0] * q.shape[1])
     gdrive, gq, gk = grad.to(q.dtype).contiguous(), torch.empty_like(q), key_gradients(q, k)

@@ -29,7 +29,7 @@ def _missing() -> str | None:
 
 
 def obstacle(u: Tensor, rule: str, fresh: Tensor | None, live: Tensor | None) -> str | None:
-    """Why fla cannot serve a call, or None."""
+    """Why fla cannot serve a call with keys u [B, T, r], or None. The arguments are those of `fast_weights`."""
     if u.device.type != "cuda":
         return f"the tensors are on {u.device.type}"
     if u.dtype == torch.float64:

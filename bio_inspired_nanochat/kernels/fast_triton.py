@@ -225,7 +225,7 @@ def _adjoint(
 
 
 def static(modes: int, delta: bool, documents: Tensor | None) -> dict[str, Any]:
-    """Compile-time arguments and options of a launch."""
+    """Compile-time arguments and options of a launch. documents: [B, T] where there are some, else None."""
     width = max(FEWEST, triton.next_power_of_2(modes))
     return {
         "C": CHUNK, "R": width, "LEVELS": CHUNK.bit_length() - 1, "DELTA": delta, "DOC": documents is not None,

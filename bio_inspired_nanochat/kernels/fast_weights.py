@@ -68,6 +68,9 @@ def fast_weights(
     Returns:
         z [B, T, r] in u's dtype, and the fast weights after the last token [B, r, r], float32 (float64 for float64 inputs).
         Differentiable in u, m, eta, gamma and start.
+
+    Raises:
+        UserError: for an unknown rule or backend, and for a backend that was asked for and cannot serve the call.
     """
     if rule not in RULES:
         raise UserError(f"rule={rule!r} is not valid for fast_weights: one of {', '.join(RULES)}")

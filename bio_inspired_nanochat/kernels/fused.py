@@ -35,7 +35,7 @@ WORKSPACE = 1 << 26
 
 
 def obstacle(p: PresynParams, noise: ReleaseNoise | None, theta: Tensor) -> str | None:
-    """Why the kernels cannot serve these terminals, or None."""
+    """Why the kernels cannot serve these terminals with thresholds theta [H], or None."""
     if p.lateral_strength is not None:
         return "lateral inhibition looks across keys"
     return presyn_obstacle(p, noise, theta)
@@ -234,7 +234,7 @@ def fused_adjoint(
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
     signature: str, scale: float, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, theta, constants, cost and strength (the last two empty without a barrier)."""
+    """Gradients of q, k, v, theta, constants, cost and strength, of their shapes (the last two empty without a barrier)."""
     it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
     q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape

@@ -70,7 +70,7 @@ class DensityState(NamedTuple):
 
 
 def hill(x: Tensor, half: Constant) -> Tensor:
-    """x^4 / (half^4 + x^4)."""
+    """A Hill curve of order four, x^4 / (half^4 + x^4), elementwise for x >= 0."""
     ratio = x / half
     ratio = ratio * ratio
     ratio = ratio * ratio
@@ -78,7 +78,7 @@ def hill(x: Tensor, half: Constant) -> Tensor:
 
 
 def drives(calcium: Tensor, params: DensityParams) -> tuple[Tensor, Tensor, Tensor]:
-    """What K, P and D relax to in the linear mode: min(1, ca), ca / (ca + pp1_half), min(1, ca)."""
+    """What K, P and D relax to in the linear mode: min(1, ca), ca / (ca + pp1_half), min(1, ca), each of the shape of calcium."""
     share = calcium.clamp(max=1.0)
     calcium = calcium.clamp(max=MOST_CALCIUM)
     return share, calcium / (calcium + params.pp1_half), share
@@ -96,7 +96,7 @@ def latch_rates(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityPar
 
 
 def latch_step(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityParams) -> tuple[Tensor, Tensor]:
-    """K and P after one tick of the latch. Equation (D15)."""
+    """K and P after one tick of the latch; all of the shape of calcium. Equation (D15)."""
     on, off, rise, fall = latch_rates(camkii, pp1, calcium, params)
     rate, speed = on + off, rise + fall
     target, goal = on / rate, rise / speed
@@ -120,7 +120,7 @@ def latch_slopes(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityPa
 
 
 def relax(level: Tensor, target: Tensor, tick: int, tau: Constant) -> Tensor:
-    """A leaky integrator after one tick under a constant target; exact. Equation (D13)."""
+    """A leaky integrator after one tick (tokens) under a constant target of the same shape; tau in tokens; exact. Equation (D13)."""
     return target + (level - target) * torch.exp(torch.zeros_like(target) - tick / tau)
 
 

@@ -73,14 +73,15 @@ class ReleaseNoise(NamedTuple):
     first_tick: int | Tensor
 
     @classmethod
-    def of(cls, sequence_ids: Tensor, seed: int, step: int = 0, sample: int = 0) -> ReleaseNoise:
+    def of(cls, sequence_ids: Tensor, seed: int, step: int | Tensor = 0, sample: int = 0) -> ReleaseNoise:
         """Noise of layer 0 from tick 0 on, for sequences with the integer ids `sequence_ids` [B].
 
-        seed: any integer (modulo 2^64). step and sample: in [0, 2^32), UserError otherwise. One call of the generator mixes
+        seed: any integer (modulo 2^64). step and sample: in [0, 2^32), UserError otherwise; a step that is a 0-dim int64 tensor is not
+        checked, which would wait for its device. One call of the generator mixes
         them, so neighbouring seeds, steps, samples and ids give unrelated streams.
         """
         for name, value in (("step", step), ("sample", sample)):
-            if not 0 <= value <= _MASK:
+            if isinstance(value, int) and not 0 <= value <= _MASK:
                 raise UserError(f"{name}={value} of the release noise is out of range: it must be between 0 and {_MASK}")
         ids = sequence_ids.to(torch.int64)[:, None, None]
         words = philox((step, sample, ids & _MASK, (ids >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))

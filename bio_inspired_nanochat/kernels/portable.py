@@ -172,7 +172,7 @@ def _presyn_triton() -> ModuleType:
 
 
 def presyn_obstacle(p: PresynParams, noise: ReleaseNoise | None, drive: Tensor) -> str | None:
-    """Why the generated kernel cannot serve a call where there is Triton, or None."""
+    """Why the generated kernel cannot serve a call with a drive [B, H, N, Tk] where there is Triton, or None."""
     return _presyn_triton().obstacle(p, noise, drive)
 
 

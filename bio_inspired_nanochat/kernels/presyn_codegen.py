@@ -22,7 +22,6 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 WARPS = 4
 BLOCK = 32 * WARPS  # one key per thread: a value that a thread stores is loaded by the same thread
 LAUNCH = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}
-SITES = ("any", "young", "layer")
 UNROLL = 4  # ticks of the core whose loads are in flight together
 
 
@@ -84,7 +83,7 @@ def constants_of(p: PresynParams) -> dict[str, Tensor]:
 
 
 def states_of(state: PresynState) -> dict[str, Tensor]:
-    """The variables of a state that a kernel keeps, by name; the slots of the endocytosis ring one by one."""
+    """The variables of a state that a kernel keeps, by name; the slots of the endocytosis ring one by one; [B, H, Tk] each."""
     plain = {name: value for name, value in state.parts().items() if name not in ("open_drive", "ring")}
     slots = () if state.ring is None else state.ring.unbind(-1)
     return {**plain, **{f"ring{i}": slot for i, slot in enumerate(slots)}}

@@ -16,7 +16,7 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 
 def obstacle(p: PresynParams, noise: ReleaseNoise | None, drive: Tensor) -> str | None:
-    """Why the kernel cannot serve this call, or None."""
+    """Why the kernel cannot serve a call with a drive [B, H, N, Tk], or None."""
     if drive.dtype != torch.float32:
         return f"the kernel computes in float32, not {drive.dtype}"
     if noise is not None and p.sampler is not None and p.sampler.mode != "normal_reparam":
@@ -69,7 +69,7 @@ def presyn_adjoint(
     first: Tensor | None,
     layer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of drive, constants and start from those of the outputs and of the final state."""
+    """Gradients of drive, constants and start, of their shapes, from those of the outputs and of the final state."""
     kernels = kernels_for(signature)
     batch, heads, ticks, keys = drive.shape
     states, every = len(kernels.spec.states), kernels.spec.every(ticks)
@@ -146,5 +146,8 @@ def run(
 def noise_tensors(noise: ReleaseNoise, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Key [B, 2], first tick [B] and layer [1], int64, as the kernels take them; beside: a tensor [B, ...] on the device."""
     key = torch.stack([word.flatten() for word in noise.key], dim=1)
-    first = torch.as_tensor(noise.first_tick, device=beside.device, dtype=torch.int64).expand(beside.shape[0]).contiguous()
-    return key, first, torch.as_tensor(noise.layer, device=beside.device, dtype=torch.int64).reshape(1)
+    first, layer = (
+        value.to(torch.int64) if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=beside.device)
+        for value in (noise.first_tick, noise.layer)
+    )  # filled on the device: a recorded step cannot copy from the host
+    return key, first.expand(beside.shape[0]).contiguous(), layer.reshape(1)

@@ -22,7 +22,7 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 def phi(x: Tensor, kind: str = "phi") -> Tensor:
     """Calcium drive of a logit above threshold: 0 below -1, (x+1)^2/4 in between, x above 1 (a C1 softplus). Equation (P2).
 
-    `kind="softplus"` is the softplus itself.
+    Elementwise, in logits; `kind="softplus"` is the softplus itself.
     """
     if kind == "softplus":
         return F.softplus(x)
@@ -82,8 +82,13 @@ def neighbours(activity: Tensor, p: PresynParams, doc: Tensor | None) -> Tensor:
 def presyn_bias(state: PresynState, p: PresynParams, doc: Tensor | None = None) -> Tensor:
     """beta [B, H, Tk] of terminals in `state`: `terminal_bias` less the inhibition by older neighbours."""
     p = p.broadcast(1)
-    beta = terminal_bias(state, p)
-    return beta if p.lateral_strength is None else beta - neighbours(activity(state, p), p, doc)
+    return _bias(state, p, release_logit(state, p), doc)
+
+
+def _bias(state: PresynState, p: PresynParams, logit: Tensor, doc: Tensor | None) -> Tensor:
+    """`presyn_bias` with broadcast parameters, given the release logit of the state."""
+    beta = terminal_bias(state, p, logit)
+    return beta if p.lateral_strength is None else beta - neighbours(activity(state, p, logit), p, doc)
 
 
 def presyn_step(
@@ -91,10 +96,14 @@ def presyn_step(
 ) -> tuple[PresynState, Tensor]:
     """Advance every terminal by one tick under a mean drive I [B, H, Tk] >= 0: the next state and what was released."""
     p = p.broadcast(1)
-    probability = None
-    if noise is not None and p.sampler is not None:
-        probability = sampled_probability(release_logit(state, p), tick, noise, p.sampler)
-    return terminal_step(state, drive, p, probability)
+    return terminal_step(state, drive, p, _probability(release_logit(state, p), p, noise, tick))
+
+
+def _probability(logit: Tensor, p: PresynParams, noise: ReleaseNoise | None, tick: int) -> Tensor:
+    """Release probabilities of a tick, expected or sampled, for these logits [B, H, Tk]."""
+    if noise is None or p.sampler is None:
+        return torch.sigmoid(logit)
+    return sampled_probability(logit, tick, noise, p.sampler)
 
 
 def released(state: PresynState, drive: Tensor, p: PresynParams) -> Tensor:
@@ -119,11 +128,13 @@ def presyn(
     if closed is None:
         closed = ticks
     biases, states, releases = [], [], []
+    p = p.broadcast(1)
     for n in range(ticks):
-        biases.append(presyn_bias(state, p, doc))
+        logit = release_logit(state, p)
+        biases.append(_bias(state, p, logit, doc))
         states.append(state)
         collected = drive[:, :, n] + state.open_drive
-        ahead, freed = presyn_step(state, collected, p, noise, n)
+        ahead, freed = terminal_step(state, collected, p, _probability(logit, p, noise, n))
         releases.append(freed)
         if isinstance(closed, int):
             state = ahead if n < closed else state._replace(open_drive=collected)

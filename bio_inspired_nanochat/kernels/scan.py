@@ -38,7 +38,7 @@ def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
 
 
 def running_sum(x: Tensor) -> Tensor:
-    """Inclusive sum over the last dimension in float64, so that differences of distant sums stay exact (float32 on MPS)."""
+    """Inclusive sum over the last dimension of x [..., n] in float64, so that differences of distant sums stay exact (float32 on MPS)."""
     return running_sum_op(x) if _needs_operator() else _running_sum(x)
 
 

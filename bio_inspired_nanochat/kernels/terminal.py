@@ -228,6 +228,10 @@ def energy_step(energy: Tensor, cost: Tensor, p: PresynParams) -> Tensor:
     return target + (energy - target) * torch.exp(-p.tick * rate)
 
 
-def activity(state: PresynState, p: PresynParams) -> Tensor:
-    """Release above that of a rested terminal, R (p - p_rest): what a terminal inhibits its neighbours with."""
-    return state.vesicles * (torch.sigmoid(release_logit(state, p)) - torch.sigmoid(p.release_bias))
+def activity(state: PresynState, p: PresynParams, logit: Tensor | None = None) -> Tensor:
+    """Release above that of a rested terminal, R (p - p_rest): what a terminal inhibits its neighbours with.
+
+    `logit` saves a second release_logit.
+    """
+    logit = release_logit(state, p) if logit is None else logit
+    return state.vesicles * (torch.sigmoid(logit) - torch.sigmoid(p.release_bias))

@@ -259,7 +259,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def key_gradients(q: Tensor, k: Tensor) -> Tensor:
-    """Room for a gradient of k or v per query head; in float32 where heads share keys and are summed afterwards."""
+    """Room [B, H, Tk, D] for a gradient of k or v per query head; in float32 where heads share keys and are summed afterwards."""
     if q.shape[1] == k.shape[1]:
         return torch.empty_like(k)
     return k.new_empty(q.shape[0], q.shape[1], *k.shape[2:], dtype=torch.float32)
@@ -277,7 +277,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def head_obstacle(q: Tensor) -> str | None:
-    """Why the kernels cannot serve these queries, or None."""
+    """Why the kernels cannot serve queries q [B, H, T, D], or None."""
     if q.shape[-1] > WIDEST_HEAD or q.shape[-1] < 16 or q.shape[-1] & (q.shape[-1] - 1):
         return f"head size {q.shape[-1]} is not a power of two from 16 to {WIDEST_HEAD}"
     if q.dtype not in (torch.float32, torch.bfloat16):
@@ -388,5 +388,5 @@ class Site(NamedTuple):
         return triton.cdiv(k.shape[2], tile.keys), self.count
 
     def mask(self, instead: Tensor) -> Tensor:
-        """The documents, or any tensor where there are none."""
+        """The documents [B, T], or any tensor (`instead`) where there are none."""
         return instead if self.doc is None else self.doc

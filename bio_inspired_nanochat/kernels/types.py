@@ -129,5 +129,5 @@ class PresynState(NamedTuple):
         return state._replace(ring=torch.zeros(*shape, params.endo_slots, device=device, dtype=dtype))
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors that exist, by name."""
+        """The tensors that exist, by name, [B, H, Tk] each, the endocytosis ring with a dimension of slots."""
         return {name: value for name, value in zip(self._fields, self, strict=True) if value is not None}

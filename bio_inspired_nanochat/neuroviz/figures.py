@@ -31,6 +31,8 @@ UNITS = {
 UNITS |= {"released": "released in the tick (pools)", "reserve": "reserve (share of full)", "primed": "primed SNAREs (share)"}
 COLOURS = {"calcium": "magma", "vesicles": "viridis", "bias": "RdBu_r", "energy": "cividis"}
 LIMITS = {"vesicles": (0.0, 1.0), "energy": (0.0, 1.0)}
+RASTER_QUANTITIES = ("calcium", "vesicles")
+RASTER_HEADS, MAPS, RIVALS = 8, 12, 6  # how much of a large model the pictures show
 SCORES = ("contribution", "efficiency", "specialization", "resilience", "load", "health")
 _STYLE = {
     "font.size": 9,
@@ -90,14 +92,17 @@ def state_map(reading: Reading, quantity: str) -> Any:
 
 
 @_styled
-def raster(reading: Reading, layer: int, quantities: Sequence[str] = ("calcium", "vesicles"), most_heads: int = 8) -> Any:
-    """One layer while it reads: a panel per head and quantity, keys to the right, ticks downward. Terminals not yet born are blank."""
-    held = [name for name in quantities if reading.course and name in reading.course[layer]]
+def raster(reading: Reading, layer: int) -> Any:
+    """One layer while it reads: a panel per head and quantity, keys to the right, ticks downward. Terminals not yet born are blank.
+
+    Raises UserError for a model without terminals.
+    """
+    held = [name for name in RASTER_QUANTITIES if reading.course and name in reading.course[layer]]
     if not held:
         raise UserError("this model has no terminals to draw: train one with --synapses=1 and terminals (preset core, default or full)")
     course = reading.course[layer]
     heads, ticks, keys = course[held[0]].shape
-    heads = min(heads, most_heads)
+    heads = min(heads, RASTER_HEADS)
     born = np.arange(keys)[None] < reading.tick * np.arange(1, ticks + 1)[:, None]
     picture = _figure(len(held) * max(4.5, 0.17 * keys + 1.2), heads * max(1.1, 0.09 * ticks + 0.5) + 1.2)
     panels = picture.subplots(heads, len(held), squeeze=False, sharex=True)
@@ -117,9 +122,9 @@ def raster(reading: Reading, layer: int, quantities: Sequence[str] = ("calcium",
 
 
 @_styled
-def attention_maps(reading: Reading, most: int = 12) -> Any:
-    """Attention weights of up to `most` layers, mean over heads: queries downward, keys to the right, one colour scale of root weights."""
-    shown = reading.attention[:most]
+def attention_maps(reading: Reading) -> Any:
+    """Attention weights of the first MAPS layers, mean over heads: queries downward, keys to the right, one colour scale of root weights."""
+    shown = reading.attention[:MAPS]
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     picture = _figure(3.1 * columns + 0.8, 3.4 * rows)
@@ -188,9 +193,9 @@ def arrange(identities: Tensor, method: str = "pca") -> Tensor:
 
 
 @_styled
-def radar(experts: Sequence[dict[str, float]], most: int = 6) -> Any:
-    """The experts of largest contribution on six scores, each as a rank among all living experts: 0 is the lowest, 1 the highest."""
-    best = sorted(range(len(experts)), key=lambda i: -experts[i]["contribution"])[:most]
+def radar(experts: Sequence[dict[str, float]]) -> Any:
+    """The RIVALS experts of largest contribution on six scores, each as a rank among all living experts: 0 is the lowest, 1 the highest."""
+    best = sorted(range(len(experts)), key=lambda i: -experts[i]["contribution"])[:RIVALS]
     ranks = {}
     for name in SCORES:
         values = np.array([row[name] for row in experts])
@@ -214,7 +219,10 @@ def radar(experts: Sequence[dict[str, float]], most: int = 6) -> Any:
 
 @_styled
 def kinetics(constants: Sequence[dict[str, list[float]]]) -> Any:
-    """Every learned constant: a panel each, a column of dots per layer, a dot per head, a bar at the layer's mean, the knob's default dashed."""
+    """Every learned constant: a panel each, a column of dots per layer, a dot per head, a bar at the layer's mean, the knob's default dashed.
+
+    Raises UserError for a model without such constants.
+    """
     names = list(dict.fromkeys(name for layer in constants for name in layer))
     if not names:
         raise UserError("this model has no learned constants of terminals: train one with --synapses=1")

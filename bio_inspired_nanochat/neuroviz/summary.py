@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.neuroviz.rundir import METRICS, MetricsTail
 from bio_inspired_nanochat.training.metrics import SCALARS
 
 POINTS = 400
 QUIET = 600.0  # seconds without a new line after which a run without an end is called silent
-LEADERS = 20
 SHOWN_FLAGS = ("depth", "n_embd", "max_seq_len", "synapses", "syn_preset", "num_experts", "splitmerge_every", "num_iterations", "seed")
 
 
@@ -134,11 +132,3 @@ def _charts(sources: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
-
-
-def check_folder(folder: str | Path) -> Path:
-    """The folder. Raises UserError when it is none."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{folder} is not a folder: give the log folder of a run, like runs/d4-synaptic")
-    return path

@@ -2,6 +2,9 @@
 
 What it writes is listed in `training.metrics`. Scalars and histograms come with every look and cost milliseconds; pictures are drawn
 at evaluations, as long as all of them together take less than `PICTURE_SHARE` of the run's time, and once more at the end.
+
+What belongs to one step is one record, which tensorboard's own thread writes: training hands it over and does not wait. A process that
+is killed loses at most the records of its last `FLUSH` seconds, and none that `metrics.jsonl` lacks.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from bio_inspired_nanochat.training.vitals import Look
 PICTURE_SHARE = 0.005
 PICTURE_TOKENS = 40
 FIRST_GUESS = 2.0  # seconds that the first pictures are thought to take
+FLUSH = 1  # seconds
+QUEUE = 1000  # records that may wait for the thread; with more, training does
 PROJECTED = ("layer", "id", "age", "load", "health", "account", "contribution")
 
 
@@ -82,15 +87,18 @@ class TensorBoard(Callback):
 
     @_while_writable
     def on_start(self, run: Run) -> None:
+        """Open the log and write the flags of the run; without the package tensorboard say so and stay silent."""
         if run.log_dir is None:
             return
         try:
+            from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             say("notice: no TensorBoard log, because the package tensorboard is not installed")
             return
         _silence_writer_thread()
-        self._open = lambda purge: SummaryWriter(str(run.log_dir), purge_step=purge)
+        self._summary = Summary
+        self._open = lambda purge: SummaryWriter(str(run.log_dir), purge_step=purge, flush_secs=FLUSH, max_queue=QUEUE)
         self._writer, self._run = self._open(run.start_step + 1 if run.start_step else None), run
         self._began = time.perf_counter()
         self._flags(to_dict(run.config))
@@ -98,30 +106,38 @@ class TensorBoard(Callback):
 
     @_while_writable
     def on_rollback(self, step: int) -> None:
+        """Go on in a file that voids what was written of later steps."""
         if self._writer is not None:
             self._writer.close()
             self._writer = self._open(step + 1)
 
     @_while_writable
     def on_step(self, record: StepRecord) -> None:
+        """Curves of the training state, `train/...`."""
+        if self._writer is None:
+            return
         values = {name: value for name, value in dataclasses.asdict(record).items() if name not in ("step", "seconds_left")}
-        self._scalars({f"train/{name}": value for name, value in values.items()}, record.step)
+        self._write(self._scalars({f"train/{name}": value for name, value in values.items()}), record.step)
 
     @_while_writable
     def on_eval(self, record: EvalRecord) -> None:
-        self._scalars({"val/bpb": record.val_bpb, "val/loss": record.val_loss}, record.step)
+        """Curves of the validation, and pictures while they take no more than `share` of the time."""
         if self._writer is None:
             return
+        self._write(self._scalars({"val/bpb": record.val_bpb, "val/loss": record.val_loss}), record.step)
         ahead = self._pictures_took / max(1, self._rounds) if self._pictures_took else FIRST_GUESS
         if self._pictures_took + ahead <= self.share * (time.perf_counter() - self._began):
             self._pictures(record.step)
 
     @_while_writable
     def on_consolidate(self, step: int, change: float) -> None:
-        self._scalars({"sleep/change": change}, step)
+        """A curve of how much sleep changed the weights."""
+        if self._writer is not None:
+            self._write(self._scalars({"sleep/change": change}), step)
 
     @_while_writable
     def on_look(self, look: Look) -> None:
+        """Curves per model and layer, histograms and decisions of a look into the layers."""
         if self._writer is None or self._run is None:
             return
         self._look = look
@@ -129,20 +145,21 @@ class TensorBoard(Callback):
         values: dict[str, float | None] = dict(look.values)
         values |= {f"{tag}/layer{layer}": value for tag, held in look.layers.items() for layer, value in enumerate(held)}
         values |= _learned(look)
-        for layer, gains in enumerate(self._run.model.gains()):
+        for layer, gains in enumerate(look.gains):
             values |= {f"gains/layer{layer}/{name}": sum(heads) / len(heads) for name, heads in gains.items()}
-        self._scalars(values, look.step)
-        self._histograms(look)
+        self._write(self._scalars(values) + self._pools(look) + self._kinetics(look), look.step)
         self._decisions(look)
         self.spent += time.perf_counter() - began
 
     @_while_writable
     def on_sample(self, step: int, texts: list[str]) -> None:
+        """The samples as text."""
         if self._writer is not None:
             self._writer.add_text("samples", "\n\n".join(f"    {text!r}" for text in texts), step)
 
     @_while_writable
     def on_end(self, result: dict[str, Any]) -> None:
+        """The last pictures, and that the session is over."""
         if self._writer is None:
             return
         if self._drawn != result["steps"]:
@@ -150,22 +167,23 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard.summary import hparams
 
         self._writer.file_writer.add_summary(hparams({}, {})[2])  # says that the session has ended
+        self._writer.flush()  # says whether all of it could be written
 
     @_while_writable
     def close(self) -> None:
+        """Write what is left and close the log."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     # --- one kind of entry each ---------------------------------------------------------------------------------------------------
 
-    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        if self._writer is None:
-            return
-        for tag, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+    def _write(self, values: list[Any], step: int) -> None:
+        """One record of many values: each one alone would wait for the thread that writes."""
+        self._writer.file_writer.add_summary(self._summary(value=values), step)
+
+    def _scalars(self, values: Mapping[str, float | None]) -> list[Any]:
+        return [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
 
     def _flags(self, config: dict[str, Any]) -> None:
         """The flags as hyperparameters of this very run; add_hparams would make a second run of it."""
@@ -175,26 +193,29 @@ class TensorBoard(Callback):
         for part in start:
             self._writer.file_writer.add_summary(part)
 
-    def _histograms(self, look: Look) -> None:
-        for layer, pools in enumerate(look.pools):
-            for name, shares in pools.items():
-                low, high = RANGES.get(name, (0.0, 1.0))
-                limits = np.linspace(low, high, BINS + 1)
-                counts = shares.sum(0).double().cpu().numpy()
-                middles = (limits[1:] + limits[:-1]) / 2
-                total = {"num": float(counts.sum()), "sum": float(counts @ middles), "sum_squares": float(counts @ middles**2)}
-                self._writer.add_histogram_raw(
-                    f"pools/{name}/layer{layer}",
-                    min=low,
-                    max=high,
-                    **total,
-                    bucket_limits=limits[1:].tolist(),
-                    bucket_counts=counts.tolist(),
-                    global_step=look.step,
-                )
+    def _pools(self, look: Look) -> list[Any]:
+        from torch.utils.tensorboard.summary import histogram_raw
+
+        found: list[Any] = []
+        for name in dict.fromkeys(name for pools in look.pools for name in pools):
+            low, high = RANGES.get(name, (0.0, 1.0))
+            limits = np.linspace(low, high, BINS + 1)
+            middles, ends = (limits[1:] + limits[:-1]) / 2, limits[1:].tolist()
+            layers = [layer for layer, pools in enumerate(look.pools) if name in pools]
+            counts = np.stack([look.pools[layer][name].numpy() for layer in layers]).sum(1, dtype=np.float64)
+            totals = np.stack([counts.sum(1), counts @ middles, counts @ middles**2], axis=1).tolist()
+            for layer, held, (num, total, squares) in zip(layers, counts.tolist(), totals, strict=True):
+                found += histogram_raw(f"pools/{name}/layer{layer}", low, high, num, total, squares, ends, held).value
+        return found
+
+    def _kinetics(self, look: Look) -> list[Any]:
+        from torch.utils.tensorboard.summary import histogram
+
+        found: list[Any] = []
         for name in dict.fromkeys(name for layer in look.constants for name in layer):
             values = np.array([value for layer in look.constants for value in layer.get(name, [])])
-            self._writer.add_histogram(f"kinetics/{name}", values, look.step, bins="auto" if len(values) > 64 else 16)
+            found += histogram(f"kinetics/{name}", values, "auto" if len(values) > 64 else 16).value
+        return found
 
     def _decisions(self, look: Look) -> None:
         """How well health alone tells what the life cycle decides, as curves of precision over recall."""

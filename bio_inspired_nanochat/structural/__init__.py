@@ -11,6 +11,8 @@ from bio_inspired_nanochat.structural.neuroscore import (
     leave_one_out,
     oracle_agreement,
     scores,
+    scores_of,
+    specialization,
 )
 from bio_inspired_nanochat.structural.splitmerge import Event, Rules, decide, health
 from bio_inspired_nanochat.structural.surgery import Moments, operate
@@ -35,5 +37,7 @@ __all__ = [
     "oracle_agreement",
     "read_lineage",
     "scores",
+    "scores_of",
+    "specialization",
     "update",
 ]

@@ -47,17 +47,19 @@ class Ledger:
 
     def __init__(self, model: GPT) -> None:
         self.layers = model.experts()
-        self.discard()
+        device = self.layers[0].router.device
+        self.taps = [torch.zeros(layer.slots, 2, device=device, requires_grad=True) for layer in self.layers]
+        self._sums: list[Routing] | None = None
 
     def discard(self) -> None:
         """Forget what was collected since the last `settle`."""
-        device = self.layers[0].router.device
-        self._taps = [torch.zeros(layer.slots, 2, device=device, requires_grad=True) for layer in self.layers]
-        self._sums: list[Routing] | None = None
+        for tap in self.taps:
+            tap.grad = None
+        self._sums = None
 
     def probes(self) -> list[Probe]:
         """One per layer; their taps fill in the backward."""
-        return [Probe(tap) for tap in self._taps]
+        return [Probe(tap) for tap in self.taps]
 
     def add(self, routing: Sequence[Routing]) -> None:
         """Add the statistics of one forward."""
@@ -70,7 +72,7 @@ class Ledger:
         """Sums over all forwards since the last call and over ranks: routing and taps [E, 2] per layer. Collective."""
         assert self._sums is not None, "settle() before any forward"
         sums = self._sums
-        taps = [torch.zeros_like(tap) if tap.grad is None else tap.grad for tap in self._taps]
+        taps = [torch.zeros_like(tap) if tap.grad is None else tap.grad for tap in self.taps]
         if several():
             parts = [part.float() for routing in sums for part in routing] + taps
             flat = torch.cat([part.flatten() for part in parts])

@@ -15,7 +15,7 @@ Numbered equations are those of prompts/life_cycle.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,18 @@ class NeuroScore(NamedTuple):
 def scores(layer: SynapticMoE) -> NeuroScore:
     """The scores of a layer from its accounts. Reads them on the host. Equation (L17)."""
     kept = layer.accounts
+    return scores_of(kept, specialization(kept.inputs, kept.common))
+
+
+def specialization(inputs: Tensor, common: Tensor) -> Tensor:
+    """How far the mean inputs [..., E, D] of experts point away from the mean [..., D] of all tokens: 1 - cosine, [..., E]."""
+    return 1 - F.cosine_similarity(inputs, common[..., None, :], dim=-1)
+
+
+def scores_of(kept: Any, special: Tensor) -> NeuroScore:
+    """`scores` of one layer. kept: its accounts, or what is read of them (ids, alive, load, benefit, benefit_square); special: [E], see
+    `specialization`.
+    """
     nothing = torch.full_like(kept.load, float("nan"))
 
     def alive(values: Tensor) -> Tensor:
@@ -72,7 +84,7 @@ def scores(layer: SynapticMoE) -> NeuroScore:
         ids=kept.ids.clone(),
         contribution=alive(kept.benefit),
         efficiency=alive(kept.benefit / kept.load.clamp(min=TINY)),
-        specialization=alive(1 - F.cosine_similarity(kept.inputs, kept.common[None], dim=-1)),
+        specialization=alive(special),
         resilience=alive(1 / (variance + TINY)),
         load=alive(kept.load),
         gini=gini(load),

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bio_inspired_nanochat.config import SynapticConfig
-from bio_inspired_nanochat.synaptic import Accounts, SynapticMoE
+from bio_inspired_nanochat.synaptic import SynapticMoE
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Event:
     health: tuple[float, ...]
 
 
-def health(accounts: Accounts, use_contribution: bool) -> Tensor:
-    """Health [E] in [0, 1] of every slot, 0 for empty ones. Equation (L13)."""
+def health(accounts: Any, use_contribution: bool) -> Tensor:
+    """Health [E] in [0, 1] of every slot, 0 for empty ones. accounts: a layer's, or what is read of them. Equation (L13)."""
     factors = [(accounts.demand / 2).clamp(0, 1), accounts.energy]
     if use_contribution:
         gained = accounts.benefit.clamp(min=0)

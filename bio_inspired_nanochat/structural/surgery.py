@@ -25,7 +25,9 @@ from bio_inspired_nanochat.synaptic import SynapticMoE
 class Moments(Protocol):
     """What surgery needs of an optimizer; `optim.Optimizer` has it."""
 
-    def moments(self, name: str) -> dict[str, Tensor]: ...
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The optimizer's moments of a parameter, by their name; each has the parameter's shape."""
+        ...
 
 
 class _Body:

@@ -12,30 +12,31 @@ import json
 import math
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from bio_inspired_nanochat.common import pick_device, write_atomic
+from bio_inspired_nanochat.common.files import finite, read_json_lines
 from bio_inspired_nanochat.config import from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, resolve_data
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error
 from bio_inspired_nanochat.evaluation.suite import EvaluationSetting, evaluate
+from bio_inspired_nanochat.git import source_revision
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.study.views import events, read_curve, step_variances
+from bio_inspired_nanochat.study.views import read_curve, step_variances
 from bio_inspired_nanochat.tokenizer import Tokenizer
 from bio_inspired_nanochat.training import TrainConfig
 from bio_inspired_nanochat.training.plan import given_fields
 from bio_inspired_nanochat.training.run import prepare, run_job
 
 STOPPED = 75
-OF_TRAINING = ("val_loss", "val_bpb", "final_loss", "tok_per_s", "peak_memory_gib", "seconds")
+OF_SPEED = ("tok_per_s", "peak_memory_gib", "seconds")
+OF_TRAINING = ("val_loss", "val_bpb", "final_loss", *OF_SPEED)
 
 
 def run(folder: Path) -> int:
@@ -58,22 +59,27 @@ def run(folder: Path) -> int:
     log = Path(result["log_dir"]) / "metrics.jsonl"
     metrics |= step_variances(log) | last_look(log)
     metrics |= evaluated(done.model, job["evaluations"], done.tokenizer, source, job["evaluation_tokens"], done.plan.rows)
+    curve = read_curve(log, spec["flops_per_token"])
+    if job["shared"]:  # beside other runs a time is not the model's own
+        metrics |= dict.fromkeys(OF_SPEED)
+        curve = dataclasses.replace(curve, seconds=())
     record = {
         **{name: spec[name] for name in ("id", "key", "conditions", "depth", "seed", "flops_per_token")},
         "tokens": result["tokens"],
         "metrics": metrics,
-        "curve": dataclasses.asdict(read_curve(log, spec["flops_per_token"])),
+        "curve": dataclasses.asdict(curve),
+        "shared": job["shared"],
         "config": to_dict(config),
         "digest": job["digest"],
         "smoke": job["smoke"],
         "data": job["data"],
         "versions": versions(),
-        "git": revision(),
+        "git": source_revision(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "began": round(began, 1),
         "ended": round(time.time(), 1),
     }
-    write_atomic(folder / "record.json", json.dumps(_finite(record)) + "\n")
+    write_atomic(folder / "record.json", json.dumps(finite(record)) + "\n")
     return 0
 
 
@@ -88,7 +94,7 @@ def evaluated(
 
 def last_look(log: Path) -> dict[str, float]:
     """What the last look at experts saw, by tag."""
-    looks = [event for event in events(log) if event.get("kind") == "vitals"]
+    looks = [event for event in read_json_lines(log) if event.get("kind") == "vitals"]
     return {tag: value for tag, value in looks[-1]["values"].items() if tag.startswith("experts/") and value is not None} if looks else {}
 
 
@@ -97,30 +103,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def revision() -> str | None:
-    """The git revision of this package's sources, with `+` when they were changed since; None outside of a repository."""
-    here = Path(__file__).resolve().parent
-    try:
-        head, changed = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "."))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")
-
-
 def _perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(min(loss, 50.0))
-
-
-def _finite(value: Any) -> Any:
-    """With None for numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":

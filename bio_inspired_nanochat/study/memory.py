@@ -23,11 +23,13 @@ from torch import Tensor
 
 from bio_inspired_nanochat.common import base_dir, pick_device, progress, say, stable_hash, table
 from bio_inspired_nanochat.common.console import Progress
+from bio_inspired_nanochat.common.files import read_json_lines
 from bio_inspired_nanochat.config import SynapticConfig, knob, to_dict, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.memory import MemoryScore, engram_log_odds, measure
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.optim import OptimConfig, Optimizer, build_optimizer
+from bio_inspired_nanochat.optim import OptimConfig
+from bio_inspired_nanochat.study.cohort import Cohort
 from bio_inspired_nanochat.study.models import VARIANTS, WindowedConfig, build_variant, memory_only, memory_values, variant_roles
 from bio_inspired_nanochat.tasks.memory import TASKS, Binding, Facts, MemoryTask, Recall, Switching, as_generator
 from bio_inspired_nanochat.training import guards
@@ -140,12 +142,12 @@ def memory_study(config: MemoryStudyConfig) -> dict[str, Any]:
     left = [run for run in runs if run.key() not in known]
     say(f"{len(runs)} runs of {config.steps} steps on {device}, {len(runs) - len(left)} of them in {path}")
     with progress(len(left) * config.steps, "study", "steps") as bar:
-        for run in left:
+        for cohort in cohorts(left, device):
             with guards.out_of_memory_as_user_error(config.rows, lambda: config.rows // 2, str(device)):
-                record = train_run(run, device, bar)
-            append_record(path, record)
-            known[record["key"]] = record
-            say(f"{run.task_name} {run.variant} seed {run.seed}: {_said(record)}")
+                for record in train_runs(cohort, device, bar):
+                    append_record(path, record)
+                    known[record["key"]] = record
+                    say(f"{record['task']} {record['variant']} seed {record['seed']}: {_said(record)}")
     results = summarise([known[run.key()] for run in runs])
     rows = [[task, variant, *_cells(cell)] for task, cells in results.items() for variant, cell in cells.items()]
     table(("task", "variant", "accuracy", "sd", "seeds", "failed", "chance", "engram over empty", "over other"), rows)
@@ -159,57 +161,70 @@ def memory_study(config: MemoryStudyConfig) -> dict[str, Any]:
     }
 
 
-def train_run(run: StudyRun, device: torch.device, bar: Progress) -> dict[str, Any]:
-    """Train one model and measure it; the record of the run. A run whose loss stops being finite ends there and says so in `failed`."""
-    config, task, began = run.config, run.task, time.perf_counter()
-    sizes = config.model(task)
-    model = build_variant(run.variant, sizes, run.seed).to(device).set_compute_dtype(getattr(torch, config.dtype))
-    tokens = config.rows * task.length
-    optimizer = build_optimizer(model.named_parameters(), variant_roles(model), config.optim, n_embd=config.n_embd, batch_tokens=tokens)
-    if config.compile:
-        model.compile_regions()
-    curve, step, failed = [], 0, None
-    label = f"{run.task_name} {run.variant} seed {run.seed}"
-    for step, loss in _steps(run, model, optimizer, device):
-        bar.advance(1)
+def cohorts(runs: Sequence[StudyRun], device: torch.device) -> list[list[StudyRun]]:
+    """Runs that are trained side by side: on CUDA all seeds of a task and a variant, elsewhere each alone."""
+    if device.type != "cuda" or (runs and runs[0].config.optim.grad_clip):
+        return [[run] for run in runs]
+    groups: dict[tuple[str, str], list[StudyRun]] = {}
+    for run in runs:
+        groups.setdefault((run.task_name, run.variant), []).append(run)
+    return list(groups.values())
+
+
+def train_runs(runs: Sequence[StudyRun], device: torch.device, bar: Progress) -> Iterator[dict[str, Any]]:
+    """Train models of one task and variant side by side; yields the record of each as soon as it is measured for the last time.
+
+    A run whose loss stops being finite ends there and says so in `failed`.
+    """
+    config, task, variant, began = runs[0].config, runs[0].task, runs[0].variant, time.perf_counter()
+    sizes, dtype = config.model(task), getattr(torch, config.dtype)
+    models = [build_variant(variant, sizes, run.seed).to(device).set_compute_dtype(dtype) for run in runs]
+    for model in models:
+        model.train()
+        if config.compile:
+            model.compile_regions()
+    cohort = Cohort(models, variant_roles(models[0]), config.optim, config.rows * task.length, config.steps)
+    rows = [_rows(run, device) for run in runs]
+    going, curves = dict(enumerate(runs)), [[] for _ in runs]
+
+    def finished(k: int, step: int, failed: str | None = None) -> dict[str, Any]:
+        bar.advance(config.steps - step)  # a run that ends early leaves no steps open
+        run, model = going.pop(k), models[k]
+        record: dict[str, Any] = {"key": run.key(), "task": run.task_name, "variant": variant, "seed": run.seed, "steps": step}
+        record |= {"chance": task.chance, "distance": task.distance, "params": model.num_params(), "failed": failed}
+        record |= {"memory_values": memory_values(variant, sizes), "curve": curves[k]}
+        record |= _failed() if failed else _measured(run, model, task)
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        spent = (time.perf_counter() - began) / len(runs)  # they share the time
+        return record | {"seconds": round(spent, 3), "device": place, "config": to_dict(config)}
+
+    for step in range(1, config.steps + 1):
+        losses = cohort.step([next(each) for each in rows])
+        bar.advance(len(going))
         last = step == config.steps
         due = config.eval_every > 0 and step % config.eval_every == 0 and not last
         if due or last or step % READ_EVERY == 0:
-            value = loss.item()
-            bar.advance(0, note=f"{label}, loss {value:.3f}")
-            if not math.isfinite(value):
-                failed = f"the loss is not finite at step {step}"
-                break
-        if due:
-            score = measure(model, task, config.eval_rows, batch=config.rows)
-            curve.append([step, round(score.loss, 5), round(score.accuracy, 5)])
+            values = losses.tolist()
+            bar.advance(0, note=f"{runs[0].task_name} {variant} seed {runs[0].seed}, loss {values[0]:.3f}")
+            for k in [k for k in going if not math.isfinite(values[k])]:
+                yield finished(k, step, f"the loss is not finite at step {step}")
+        for k, run in list(going.items()) if due else []:
+            score = measure(models[k], run.task, config.eval_rows, batch=config.rows)
+            curves[k].append([step, round(score.loss, 5), round(score.accuracy, 5)])
             if config.stop_accuracy and score.accuracy >= config.stop_accuracy:
-                break
-    bar.advance(config.steps - step)  # a run that ends early leaves no steps open
-    record: dict[str, Any] = {"key": run.key(), "task": run.task_name, "variant": run.variant, "seed": run.seed, "steps": step}
-    record |= {"chance": task.chance, "distance": task.distance, "params": model.num_params(), "failed": failed}
-    record |= {"memory_values": memory_values(run.variant, sizes), "curve": curve}
-    record |= _failed() if failed else _measured(run, model, task)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return record | {"seconds": round(time.perf_counter() - began, 3), "device": place, "config": to_dict(config)}
+                yield finished(k, step)
+        if not going:
+            return
+    for k in list(going):
+        yield finished(k, config.steps)
 
 
-def _steps(run: StudyRun, model: GPT, optimizer: Optimizer, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Train; yields the number of steps done and the loss of the last, still on its device."""
-    config, task = run.config, run.task
+def _rows(run: StudyRun, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of a run without end."""
     generator = as_generator(stable_hash(run.seed, run.task_name, "train"), device)
-    batches: list[tuple[Tensor, ...]] = []
-    model.train()
-    for step in range(config.steps):
-        if step % POOL == 0:
-            batches = list(zip(*(side.split(config.rows) for side in task.batch(generator, POOL * config.rows)), strict=True))
-        optimizer.schedule(step, config.steps)
-        loss = model(*batches[step % POOL])
-        loss.backward()
-        optimizer.clip_grad_norm()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield step + 1, loss.detach()
+    while True:
+        sides = run.task.batch(generator, POOL * run.config.rows)
+        yield from zip(*(side.split(run.config.rows) for side in sides), strict=True)
 
 
 def _measured(run: StudyRun, model: GPT, task: MemoryTask) -> dict[str, Any]:
@@ -253,14 +268,7 @@ def records_path(config: MemoryStudyConfig) -> Path:
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
     """Records by key. A line that a crash has cut off is skipped: its run is done again."""
-    found = {}
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-            found[record["key"]] = record
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    return {record["key"]: record for record in read_json_lines(path) if "key" in record}
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bio_inspired_nanochat.common import say, write_atomic
+from bio_inspired_nanochat.common.files import read_json_lines
 from bio_inspired_nanochat.config import knob
 from bio_inspired_nanochat.study.job import STOPPED
 from bio_inspired_nanochat.study.plan import FolderConfig, read_plan
@@ -43,9 +44,14 @@ class RunConfig(FolderConfig):
     """Do the runs of a plan that are not done yet, until all are or the time is up."""
 
     budget_minutes: float = knob(0.0, "start no run that would not end within this time; 0 is no limit", lo=0.0, off=0.0, unit="minutes")
-    workers: int = knob(1, "runs at the same time, one per GPU where there are several", lo=1, hi=64)
+    workers: int = knob(
+        1,
+        "runs at the same time, spread over the GPUs; those that share a GPU, or the CPU, say nothing about speed and memory",
+        lo=1,
+        hi=64,
+    )
     run_minutes: float = knob(
-        0.0, "end a run that takes longer, as failed; 0 is ten times its expected duration, at least 30", lo=0.0, off=0.0
+        0.0, "end a run that takes longer, as failed; 0 is ten times its expected duration, at least 30", lo=0.0, off=0.0, unit="minutes"
     )
     grace: float = knob(60.0, "time that a run has to end after a signal", lo=0.0, hi=3600.0, unit="seconds")
 
@@ -161,7 +167,8 @@ class Queue:
 
     def _attempt(self, run: Mapping[str, Any], worker: int) -> None:
         folder, plan = self.place(run), self.plan
-        write_atomic(folder / "job.json", json.dumps({"run": run, **{name: plan[name] for name in JOB}}) + "\n")
+        shared = self.config.workers > max(1, len(_visible_gpus()))
+        write_atomic(folder / "job.json", json.dumps({"run": run, "shared": shared, **{name: plan[name] for name in JOB}}) + "\n")
         limit = 60 * self.config.run_minutes or max(1800.0, 10 * self.expected(run))
         began = time.monotonic()
         with open(folder / "log.txt", "wb") as log:
@@ -221,11 +228,15 @@ def _environment(worker: int) -> dict[str, str]:
     found = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
     found["PYTHONPATH"] = os.pathsep.join(filter(None, (root, found.get("PYTHONPATH"))))
-    named = found.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named is not None else [str(i) for i in range(torch.cuda.device_count())]
+    visible = _visible_gpus()
     if len(visible) > 1:
         found["CUDA_VISIBLE_DEVICES"] = visible[worker % len(visible)]
     return found
+
+
+def _visible_gpus() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named is not None else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -238,17 +249,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """The failed attempts of a run; a line that a crash has cut off is left out."""
-    found = []
-    try:
-        lines = (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    return read_json_lines(folder / "attempts.jsonl")
 
 
 def tail(path: Path) -> list[str]:

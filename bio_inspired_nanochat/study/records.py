@@ -93,6 +93,8 @@ def collect(folder: Path, plan: Mapping[str, Any]) -> Records:
         kinds = sorted({str(one[what]) for one in found.counted})
         if len(kinds) > 1:
             found.notices.append(f"the runs differ in {what}: {', '.join(kinds)}")
+    if shared := sum(one["shared"] for one in found.counted):
+        found.notices.append(f"{shared} runs shared their device with others: they take no part in what is said of time and memory")
     kinds = sorted({str(one["versions"]) for one in found.counted})
     if len(kinds) > 1:
         found.notices.append(f"the runs differ in versions: {'; '.join(kinds)}")

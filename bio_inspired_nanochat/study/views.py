@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from bio_inspired_nanochat.common.files import read_json_lines
 
 VIEWS = ("tokens", "flops", "seconds")
 
@@ -23,7 +23,7 @@ VIEWS = ("tokens", "flops", "seconds")
 @dataclass(frozen=True)
 class Curve:
     """Validation loss in nats [E] at the evaluations of a run, and what had been spent by then: tokens, FLOPs, seconds of training
-    (without evaluations and compiling), [E] each and rising."""
+    (without evaluations and compiling; empty for a run that shared its device), [E] each and rising."""
 
     tokens: tuple[float, ...]
     flops: tuple[float, ...]
@@ -53,7 +53,7 @@ def read_curve(metrics: Path, flops_per_token: float) -> Curve:
     points: list[tuple[float, float, float]] = []
     laps: list[tuple[int, float, float]] = [(0, 0.0, 0.0)]  # step, tokens, seconds
     evaluations: list[tuple[int, float]] = []
-    for event in events(metrics):
+    for event in read_json_lines(metrics):
         if event.get("kind") == "step" and event.get("tok_per_s"):
             step, tokens, (_, before, seconds) = event["step"], float(event["tokens"]), laps[-1]
             if tokens > before:
@@ -73,23 +73,6 @@ def read_curve(metrics: Path, flops_per_token: float) -> Curve:
     return Curve(tokens, tuple(t * flops_per_token for t in tokens), tuple(p[1] for p in points), tuple(p[2] for p in points))
 
 
-def events(metrics: Path) -> list[dict[str, Any]]:
-    """The events of a log, without a line that a crash has cut off."""
-    found = []
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            found.append(event)
-    return found
-
-
 def meet(view: str, ours: Curve, theirs: Curve) -> tuple[float, float, float] | None:
     """(budget, our loss, their loss) where the shorter of two runs ends; None where one of them has no evaluation there."""
     our_end, their_end = ours.end(view), theirs.end(view)
@@ -100,10 +83,10 @@ def meet(view: str, ours: Curve, theirs: Curve) -> tuple[float, float, float] | 
     return None if our_loss is None or their_loss is None else (budget, our_loss, their_loss)
 
 
-def step_variances(metrics: Path, share: float = 0.5) -> dict[str, float | None]:
-    """Variance over the last `share` of a run's log lines of its loss and of its gradient norm; None for fewer than 3."""
-    lines = [event for event in events(metrics) if event.get("kind") == "step"]
-    lines = lines[int(len(lines) * (1 - share)) :]
+def step_variances(metrics: Path) -> dict[str, float | None]:
+    """Variance over the last half of a run's log lines of its loss and of its gradient norm; None for fewer than 3."""
+    lines = [event for event in read_json_lines(metrics) if event.get("kind") == "step"]
+    lines = lines[len(lines) // 2 :]
     found: dict[str, float | None] = {}
     for name, field in (("train.loss_variance", "loss"), ("train.grad_norm_variance", "grad_norm")):
         values = [float(event[field]) for event in lines if event.get(field) is not None]

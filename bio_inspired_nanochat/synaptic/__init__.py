@@ -12,14 +12,13 @@ from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention, rotary
 from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
 from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
 from bio_inspired_nanochat.synaptic.moe import Probe, Routing, SynapticMoE
-from bio_inspired_nanochat.synaptic.postsynaptic import DENSITY_ROLES, Density, SynapticLinear
+from bio_inspired_nanochat.synaptic.postsynaptic import Density, SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
 from bio_inspired_nanochat.synaptic.roles import active_size, flops_per_token, param_roles
-from bio_inspired_nanochat.synaptic.state import Chunk, ExpertState, Extras, FastState, LayerState, Place, SynapseState, same_layout
+from bio_inspired_nanochat.synaptic.state import Chunk, ExpertState, Extras, FastState, LayerState, Place, SynapseState
 from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise, vitals
 
 __all__ = [
-    "DENSITY_ROLES",
     "GAINS",
     "GATE_CHANNELS",
     "LEAST_SHARE",
@@ -58,7 +57,6 @@ __all__ = [
     "rms_norm",
     "rollback",
     "rotary",
-    "same_layout",
     "sleep",
     "stream_scales",
     "summarise",

@@ -1,6 +1,6 @@
 """One layer of the model: residual stream, attention and MLP, and the tables of token embeddings.
 
-Dimensions: B batch, T tokens, Hkv key heads, D head size.
+Dimensions: B batch, T tokens, H query heads, Hkv key heads, D head size.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bio_inspired_nanochat.synaptic.linear import rms_norm
 from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
 from bio_inspired_nanochat.synaptic.moe import SynapticMoE
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
+from bio_inspired_nanochat.synaptic.presynaptic import GAINS
 from bio_inspired_nanochat.synaptic.state import Arrival, ExpertState, Extras, FastState, LayerState
 
 GATE_CHANNELS = 12
@@ -70,6 +71,15 @@ class Block(nn.Module):
     def fast_layers(self) -> dict[str, SynapticLinear]:
         """The projections that carry fast weights, by their name in `LayerState.fast`."""
         return {layer.key: layer for layer in self.modules() if isinstance(layer, SynapticLinear) and layer.density is not None}
+
+    def gains(self) -> dict[str, Tensor]:
+        """Learned output gains, detached, float32: [H] each; `fast_<projection>` [1] is the root mean square of the matrix that fast
+        weights are read through.
+        """
+        synapse = getattr(self.attn, "synapse", None)
+        found = {name: getattr(synapse, name).detach().float() for name in GAINS if hasattr(synapse, name)}
+        matrices = {key: layer.density.out.detach().float() for key, layer in self.fast_layers().items()}
+        return found | {f"fast_{key}": matrix.square().mean().sqrt()[None] for key, matrix in matrices.items()}
 
     def _enter(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The mixed stream, its normalised form and the addition to the values, if this layer has one."""

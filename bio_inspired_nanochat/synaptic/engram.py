@@ -74,20 +74,26 @@ class Engram:
     @classmethod
     def load(cls, path: str | Path, device: device | str = "cpu") -> Engram:
         """Read one. Raises UserError for a missing, damaged or foreign file."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"engram file {path} cannot be read: {error}") from None
-        if meta.get("format") != FORMAT:
-            raise UserError(f"{path} is not an engram: make one with state.save_engram")
+        meta, tensors = read_tensors(path, FORMAT, "an engram", "make one with state.save_engram")
         with damaged_file(path, "make another with state.save_engram"):
             layers: list[dict[str, Tensor]] = [{} for _ in json.loads(meta["layout"])["modes"]]
             for name, value in tensors.items():
                 _, index, rest = name.split(".", 2)
                 layers[int(index)][rest] = value.to(device)
         return cls(meta["layout"], layers)
+
+
+def read_tensors(path: str | Path, form: str, what: str, fix: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file whose metadata name `form`. Raises UserError for a missing or foreign file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as {what} ({error}): {fix}") from None
+    if meta.get("format") != form:
+        raise UserError(f"{path} is not {what}: {fix}")
+    return meta, tensors
 
 
 def _difference(mine: str, theirs: str) -> str:

@@ -9,7 +9,7 @@ from bio_inspired_nanochat.synaptic.state import Arrival, Extras, LayerState
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, without gains."""
+    """Root-mean-square normalisation over the last dimension of x [..., D], without gains."""
     return F.rms_norm(x, (x.shape[-1],))
 
 

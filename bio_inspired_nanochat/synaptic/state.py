@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.kernels import ReleaseNoise
-from bio_inspired_nanochat.synaptic.engram import Engram
+from bio_inspired_nanochat.synaptic.engram import Engram, read_tensors
 
+FORMAT = "bio_inspired_nanochat.state"
 FAST, EXPERTS = "fast.", "experts."  # begin the names of the tensors of fast weights and of experts
 
 
@@ -223,7 +223,7 @@ class Chunk:
         return Place(self.start, self.fresh, live)
 
     def closed(self, tick: int, device: torch.device) -> int | Tensor:
-        """How many ticks end inside this chunk, common or per row."""
+        """How many ticks end inside this chunk: one number, or [B] where the rows are at different positions."""
         counts = [(a + n) // tick - a // tick for a, n in zip(self.starts, self.lengths, strict=True)]
         return counts[0] if isinstance(self.start, int) and len(set(counts)) == 1 else torch.tensor(counts, device=device)
 
@@ -258,8 +258,8 @@ class SynapseState:
         return self._map(torch.clone)
 
     def copy_(self, other: SynapseState) -> SynapseState:
-        """Take over the contents of a state of the same layout and batch size, in place."""
-        if not same_layout(self, other) or self.batch_size != other.batch_size:
+        """Take over the contents of a state of the same layout and batch size, in place. Raises UserError for another one."""
+        if not _same_layout(self, other) or self.batch_size != other.batch_size:
             raise UserError("a state can only take over one of the same model, max_len and batch size")
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
             mine.copy_(theirs)
@@ -270,7 +270,7 @@ class SynapseState:
         return own + [value for layer in self.layers for value in layer.tensors().values()]
 
     def select(self, rows: list[int] | Tensor) -> SynapseState:
-        """A copy with the given rows, in that order; a row may be taken several times."""
+        """A copy with the given rows, in that order; a row may be taken several times. Raises UserError for a row that it does not have."""
         index = torch.as_tensor(rows, dtype=torch.long)
         bad = index[(index < 0) | (index >= self.batch_size)]
         if len(bad):
@@ -279,7 +279,7 @@ class SynapseState:
 
     @classmethod
     def cat(cls, states: list[SynapseState]) -> SynapseState:
-        """One state with the rows of all `states`, which must come from one model and share max_len."""
+        """One state with the rows of all `states`. Raises UserError for none, and where model or max_len differ."""
         if not states:
             raise UserError("cat needs at least one state")
         first = states[0]
@@ -299,27 +299,21 @@ class SynapseState:
         tensors = {name: value for name, value in tensors.items() if value is not None}
         for index, layer in enumerate(self.layers):
             tensors |= {f"layers.{index}.{name}": value for name, value in layer.tensors().items()}
-        meta = {"format": "bio_inspired_nanochat.state", "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
+        meta = {"format": FORMAT, "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, str(path), metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SynapseState:
         """Read a state written by `save`. Raises UserError for a missing, damaged or foreign file."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"state file {path} cannot be read: {error}") from None
-        if meta.get("format") != "bio_inspired_nanochat.state":
-            raise UserError(f"{path} is not a saved synapse state")
-        shape = json.loads(meta["shape"])
-        layers = []
-        for index in range(shape["layers"]):
-            prefix = f"layers.{index}."
-            layers.append(LayerState.of({n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
-        doc, key = (tensors[name].to(device) if name in tensors else None for name in ("doc", "noise_key"))
-        return cls(tensors["pos"], layers, shape["max_len"], doc, key)
+        meta, tensors = read_tensors(path, FORMAT, "a state", "make one with state.save")
+        with damaged_file(path, "make another with state.save"):
+            shape = json.loads(meta["shape"])
+            layers = []
+            for index in range(shape["layers"]):
+                prefix = f"layers.{index}."
+                layers.append(LayerState.of({n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
+            doc, key = (tensors[name].to(device) if name in tensors else None for name in ("doc", "noise_key"))
+            return cls(tensors["pos"], layers, shape["max_len"], doc, key)
 
     def engram(self) -> Engram:
         """A copy of the fast weights and molecules of these sequences. Raises UserError for a model without fast weights."""
@@ -352,9 +346,9 @@ def _shapes(state: SynapseState) -> list:
     return [state.max_len, state.doc is None, state.noise_key is None, *layers]
 
 
-def same_layout(a: SynapseState, b: SynapseState) -> bool:
+def _same_layout(a: SynapseState, b: SynapseState) -> bool:
     """Whether two states come from models of one shape and have one max_len."""
     return _shapes(a) == _shapes(b)
 
 
-__all__ = ["Arrival", "Chunk", "ExpertState", "Extras", "FastState", "LayerState", "Place", "SynapseState", "same_layout"]
+__all__ = ["Arrival", "Chunk", "ExpertState", "Extras", "FastState", "LayerState", "Place", "SynapseState"]

@@ -7,6 +7,7 @@ Numbered equations are those of prompts/presynapse.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,35 +35,42 @@ class LayerTelemetry(NamedTuple):
     fast: dict[str, dict[str, Tensor]]
 
 
-def summarise(record: dict[str, Any], tick: int) -> LayerTelemetry:
-    """Reduce a layer's record ([B, H, N, Tk] each) over batch, ticks and keys; terminals that are not born yet do not count.
+def summarise(records: Sequence[dict[str, Any]], tick: int) -> list[LayerTelemetry]:
+    """Reduce the records of layers of one shape ([B, H, N, Tk] each) over batch, ticks and keys; terminals that are not born yet do not
+    count. All layers at once: what this costs on a GPU is launches.
 
-    The entry `fast` of the record holds what the projections say of their fast weights and is handed on.
+    The entry `fast` of a record holds what the projections say of their fast weights and is handed on.
     """
-    means, histograms = {}, {}
-    if "bias" in record:
-        record = record | {"bias_abs": record["bias"].abs()}
-    for name, value in record.items():
-        if name == "fast":
-            continue
-        ticks, keys = value.shape[2:]
-        born = torch.arange(keys, device=value.device) < tick * torch.arange(1, ticks + 1, device=value.device)[:, None]
-        value = value.detach().float()
-        count = born.sum() * value.shape[0]
-        means[name] = (value * born).sum((0, 2, 3)) / count
-        low, high = RANGES.get(name, (0.0, 1.0))
-        bins = ((value - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
-        heads = torch.arange(value.shape[1], device=value.device)[:, None, None] * BINS
-        weight = born.expand_as(value).float().flatten()
-        total = torch.zeros(value.shape[1] * BINS, device=value.device).index_add_(0, (bins + heads).flatten(), weight)
-        histograms[name] = total.view(-1, BINS) / count
-    return LayerTelemetry(means, histograms, record.get("fast", {}))
+    found = [LayerTelemetry({}, {}, record.get("fast", {})) for record in records]
+    born, count = None, torch.ones(())
+    for name in dict.fromkeys(name for record in records for name in record if name != "fast"):
+        layers = [layer for layer, record in enumerate(records) if name in record]
+        value = torch.stack([records[layer][name].detach() for layer in layers]).float()
+        if born is None or born.shape != value.shape[-2:]:
+            ticks, keys = (torch.arange(size, device=value.device) for size in value.shape[-2:])
+            born = keys < tick * (ticks + 1)[:, None]
+            count = born.sum() * value.shape[1]
+        measured = {name: value} if name != "bias" else {name: value, "bias_abs": value.abs()}
+        for quantity, values in measured.items():
+            means = (values * born).sum((1, 3, 4)) / count
+            shares = _histogram(values, born, *RANGES.get(quantity, (0.0, 1.0))) / count
+            for layer, mean, histogram in zip(layers, means.unbind(), shares.unbind(), strict=True):
+                found[layer].mean[quantity], found[layer].histogram[quantity] = mean, histogram
+    return found
+
+
+def _histogram(values: Tensor, born: Tensor, low: float, high: float) -> Tensor:
+    """How many of values [L, B, H, N, Tk] are born and in each bin, [L, H, BINS]."""
+    layers, _, heads = values.shape[:3]
+    bins = ((values - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+    bins += torch.arange(0, layers * heads * BINS, BINS, device=values.device).view(layers, 1, heads, 1, 1)
+    total = torch.zeros(layers * heads * BINS, device=values.device)
+    return total.index_add_(0, bins.flatten(), born.expand_as(values).float().flatten()).view(layers, heads, BINS)
 
 
 def auxiliary_loss(record: dict[str, Tensor], energy_weight: float, pool_weight: float) -> Tensor:
-    """Hinge losses of the background, weighted: mean of max(0, 1/2 - E) and of max(0, 1/4 - R) over all terminals and ticks.
-
-    Equation (P24).
+    """Hinge losses of the background, weighted: mean of max(0, 1/2 - E) and of max(0, 1/4 - R) over all terminals and ticks, one
+    number. Equation (P24).
     """
     loss = record["vesicles"].new_zeros(())
     if energy_weight and "energy" in record:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 
 from bio_inspired_nanochat.common import progress, say, write_atomic
 from bio_inspired_nanochat.common.console import Progress, duration, on_terminal
+from bio_inspired_nanochat.common.files import finite
 from bio_inspired_nanochat.config import to_dict
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.training.config import TrainConfig
@@ -102,7 +102,7 @@ class Callback:
         """After every evaluation."""
 
     def on_look(self, look: Look) -> None:
-        """Every `vitals_every` steps, after the first and after the last one, in models with synapses or experts."""
+        """After the steps that `looks.Looks` takes, the first and the last among them, in models with synapses or experts."""
 
     def on_consolidate(self, step: int, change: float) -> None:
         """After fast weights joined slow ones; `change`: norm of what was added, relative to that of the weights."""
@@ -132,6 +132,7 @@ class Console(Callback):
     _bar: Progress | None = None
 
     def on_start(self, run: Run) -> None:
+        """Begin the bar, on a terminal."""
         self._width = len(str(run.total_steps)) if run.total_steps > 99_999 else 5
         self._total = run.total_steps
         self._display = contextlib.ExitStack()
@@ -139,34 +140,42 @@ class Console(Callback):
             self._bar = self._display.enter_context(progress(run.total_steps, "train", "steps", start=run.start_step))
 
     def after_update(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        """Move the bar."""
         if self._bar is not None:
             self._bar.advance(1)
 
     def close(self) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._display.close()
             self._bar = None
 
     def on_step(self, record: StepRecord) -> None:
+        """Print the training state."""
         say(step_line(record, self._total, self._width))
 
     def on_eval(self, record: EvalRecord) -> None:
+        """Print the validation."""
         say(
             f"eval {record.step:0{self._width}d} | val_bpb {record.val_bpb:.4f} | val_loss {record.val_loss:.4f} | {record.tokens:,} tokens"
         )
 
     def on_consolidate(self, step: int, change: float) -> None:
+        """Print how much sleep changed the weights."""
         say(f"sleep {step:0{self._width}d} | fast weights changed the slow ones by {change:.2g} of their norm")
 
     def on_sample(self, step: int, texts: list[str]) -> None:
+        """Print the samples."""
         for text in texts:
             say(f"sample {step:0{self._width}d} | {text!r}")
 
     def on_rollback(self, step: int) -> None:
+        """Move the bar back."""
         if self._bar is not None:
             self._bar.advance(step - self._bar.done)
 
     def on_fault(self, record: FaultRecord) -> None:
+        """Print what went wrong and what was done."""
         documents = sum(map(len, record.batches.values()))
         say(
             f"notice: step {record.at}: {record.what} ({documents} documents, named in metrics.jsonl): {record.action}, "
@@ -174,6 +183,7 @@ class Console(Callback):
         )
 
     def on_save(self, step: int, path: Path) -> None:
+        """Print where the checkpoint is."""
         say(f"saved {step:0{self._width}d} | {path}")
 
 
@@ -201,6 +211,7 @@ class JsonLog(Callback):
     _file: TextIO | None = None
 
     def on_start(self, run: Run) -> None:
+        """Open the file; a resumed run keeps the lines up to its first step."""
         if run.log_dir is None:
             return
         self._path = run.log_dir / "metrics.jsonl"
@@ -228,42 +239,51 @@ class JsonLog(Callback):
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         if self._file is None:
             return
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
         try:
-            self._file.write(json.dumps({"kind": kind, **finite}, default=str) + "\n")
+            self._file.write(json.dumps({"kind": kind, **finite(record)}, default=str) + "\n")
             self._file.flush()
         except OSError as error:
             self._ends(error)
 
     def on_step(self, record: StepRecord) -> None:
+        """Add a line of kind `step`."""
         self._write("step", dataclasses.asdict(record))
 
     def on_eval(self, record: EvalRecord) -> None:
+        """Add a line of kind `eval`."""
         self._write("eval", dataclasses.asdict(record))
 
     def on_look(self, look: Look) -> None:
+        """Add a line of kind `vitals`."""
         self._write("vitals", look.to_json())
 
     def on_consolidate(self, step: int, change: float) -> None:
+        """Add a line of kind `consolidate`."""
         self._write("consolidate", {"step": step, "change": change})
 
     def on_sample(self, step: int, texts: list[str]) -> None:
+        """Add a line of kind `sample`."""
         self._write("sample", {"step": step, "texts": texts})
 
     def on_save(self, step: int, path: Path) -> None:
+        """Add a line of kind `save`."""
         self._write("save", {"step": step, "path": str(path)})
 
     def on_rollback(self, step: int) -> None:
+        """Drop the lines of later steps."""
         if self._file is not None:
             self._reopen(step)
 
     def on_fault(self, record: FaultRecord) -> None:
+        """Add a line of kind `fault`."""
         self._write("fault", dataclasses.asdict(record))
 
     def on_end(self, result: dict[str, Any]) -> None:
+        """Add a line of kind `end`."""
         self._write("end", {"step": result["steps"], **result})
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()

@@ -26,7 +26,7 @@ class Clock:
 
     def new_lap(self) -> None:
         """Begin a new lap; time that has not been counted yet by `stop` belongs to it."""
-        self.lap_steps, self.lap_seconds, self.lap_wait = 0, 0.0, 0.0
+        self.lap_steps, self.lap_seconds = 0, 0.0
 
     def start(self) -> None:
         """The next steps count."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -91,7 +91,11 @@ class TrainConfig:
     consolidate_strength: float = knob(0.01, "share of the fast weights that a consolidation adds", lo=-1.0, hi=1.0)
     seed: int = knob(0, "seed of weights, sampling and everything else that is random", lo=0, hi=(1 << 63) - 1)
     max_minutes: float = knob(
-        0.0, "end after this time; the learning rate decays by whichever runs out first, steps or minutes; 0 is no limit", lo=0.0, off=0.0
+        0.0,
+        "end after this time; the learning rate decays by whichever runs out first, steps or minutes; 0 is no limit",
+        lo=0.0,
+        off=0.0,
+        unit="minutes",
     )
 
     on_nonfinite: str = knob(
@@ -112,9 +116,10 @@ class TrainConfig:
     sample_every: int = knob(1000, "steps between samples of text, with a last one at the end; 0 never samples", lo=0, off=0, unit="steps")
     save_every: int = knob(500, "steps between checkpoints; 0 saves only the last, -1 not even that", lo=-1, off=-1, unit="steps")
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept; 0 keeps all", lo=0, off=0)
-    vitals_every: int = knob(
-        100,
-        "steps between looks at the synapses and experts for the logs, with a first and a last one; 0 never looks",
+    vitals_every: int | None = knob(
+        None,
+        "steps between looks at the synapses and experts for the logs, with a first and a last one; 0 never looks; auto is 100, less "
+        "often where looks take more than half a percent of the time",
         lo=0,
         off=0,
         unit="steps",
@@ -143,6 +148,10 @@ class TrainConfig:
         False, "under fsdp, free a block's gathered parameters after its forward: less memory, and they travel once more", off=False
     )
     compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    graph: str = knob(
+        "auto", "record forward and backward as a CUDA graph and replay it; auto is 1 for one process on CUDA, 0 elsewhere",
+        choices=("auto", "0", "1"),
+    )  # fmt: skip
     data_dir: str | None = knob(
         None, "folder of parquet shards (see scripts.prepare_data); none is the embedded demo corpus", path="exists", none="none"
     )
@@ -178,6 +187,19 @@ class TrainConfig:
             raise UserError("--data_dir and --dataset are two sources of text: give one of them")
         if self.run_name is not None and (not self.run_name.strip(".") or "/" in self.run_name or "\\" in self.run_name):
             raise UserError(f"run_name={self.run_name!r} is not a folder name: use letters, digits, - and _")
+
+    SECTIONS: ClassVar = {
+        "synapses": "model",
+        "num_experts": "experts",
+        "syn_preset": "synapses",
+        "num_iterations": "training",
+        "on_nonfinite": "faults",
+        "eval_every": "evaluation",
+        "device": "device",
+        "data_dir": "data",
+        "checkpoint_dir": "folders",
+        "print_config": "inspection",
+    }  # of --help, by their first flags
 
     def default_run_name(self) -> str:
         """`d4`, or `d4-synaptic` (with the preset's name when it is not the default one)."""

@@ -61,6 +61,10 @@ class ExpertKeeper:
         """Instruments for the next forward, one per layer."""
         return self.ledger.probes()
 
+    def taps(self) -> list[Tensor]:
+        """What the backward of a forward with `probes` leaves its gradients at."""
+        return self.ledger.taps
+
     def add(self, routing: Sequence[Routing]) -> None:
         """Take the statistics of one forward."""
         self.ledger.add(routing)

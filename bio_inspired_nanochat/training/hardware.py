@@ -59,12 +59,6 @@ def peak_by_name(name: str) -> float | None:
     return None
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of the peak, where the device has one."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory in use so far, in GiB: allocated tensors on CUDA and MPS, the process's resident memory on a CPU."""
     if device.type == "cuda":

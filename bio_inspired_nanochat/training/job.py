@@ -27,19 +27,29 @@ SAMPLE_TOKENS = 32
 
 
 class Loader(Protocol):
-    """What the loop needs of a data loader; `PackedLoader` has it."""
+    """What the loop needs of a data loader; `PackedLoader` has it. Also used, where it has them: `documents` of the last batch, `counts`."""
 
     @property
-    def wait_seconds(self) -> float: ...  # and, where it has them: `documents` of the last batch, `counts` (see PackedLoader)
+    def wait_seconds(self) -> float:
+        """Seconds that `next_batch` has waited for data so far."""
+        ...
 
     @property
-    def epoch(self) -> int: ...
+    def epoch(self) -> int:
+        """Passes over the data that are complete."""
+        ...
 
-    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next inputs and targets, [B, T] each; targets of -1 do not count. StopIteration when there are no more."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, in JSON types."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from such a position. Raises UserError for one of other data."""
+        ...
 
 
 class Objective(nn.Module):
@@ -53,14 +63,14 @@ class Objective(nn.Module):
                 layer.checked = False
 
     def forward(
-        self, idx: Tensor, targets: Tensor, step: int = 0, first_row: int = 0, probes: list[Probe] | None = None
+        self, idx: Tensor, targets: Tensor, step: int | Tensor = 0, first_row: int | Tensor = 0, probes: list[Probe] | None = None
     ) -> tuple[Tensor, Tensor, list[Routing] | None]:
         """idx and targets [B,T] to the mean loss plus auxiliary losses, the mean loss alone, in nats, and what experts did.
 
         step and first_row (index of the first row in the whole step's batch) say which stochastic release is drawn, so the
-        draws do not depend on how a batch is cut into micro-batches and ranks.
+        draws do not depend on how a batch is cut into micro-batches and ranks. Both may be 0-dim int64 tensors.
         """
-        rows = torch.arange(first_row, first_row + idx.shape[0], device=idx.device)
+        rows = first_row + torch.arange(idx.shape[0], device=idx.device)
         where = {"noise_seed": self.seed, "noise_step": step, "sequence_ids": rows}
         out = self.model.run(idx, targets, **where, routing=probes is not None, probes=probes)
         assert out.loss is not None, "there are targets"
@@ -97,14 +107,14 @@ class Job:
     origin: Path | None = None
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The forwards of one optimizer step on this rank: inputs, targets, and what to divide the mean loss of each by.
+        """The forwards of one optimizer step on this rank: inputs, targets, and the factor of each one's mean loss.
 
-        The sum of the quotients, averaged over ranks, is the mean over all targets of the step. Collective when `masked`.
+        The sum of the products, averaged over ranks, is the mean over all targets of the step. Collective when `masked`.
         """
         micro = self.plan.accumulation
         if not self.masked:
             for _ in range(micro):
-                yield *self.loader.next_batch(), micro
+                yield *self.loader.next_batch(), 1 / micro
             return
         pairs = [self.loader.next_batch() for _ in range(micro)]
         counts = [int((targets >= 0).sum()) for _, targets in pairs]
@@ -112,7 +122,7 @@ class Job:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         for (idx, targets), count in zip(pairs, counts, strict=True):
-            yield idx, targets, total.item() / (count * self.rank.world)
+            yield idx, targets, count * self.rank.world / total.item()
 
     def sample(self, model: GPT, stopped: Callable[[], bool] = lambda: False) -> list[str] | None:
         """What `model` makes of the prompts, prompt included; None when `stopped` said so between two tokens."""

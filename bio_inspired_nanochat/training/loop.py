@@ -22,8 +22,10 @@ from bio_inspired_nanochat.training import faults, guards
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, FaultRecord, Run, StepRecord
 from bio_inspired_nanochat.training.clock import Clock, wait_for_device
 from bio_inspired_nanochat.training.experts import ExpertKeeper
+from bio_inspired_nanochat.training.gradients import Gradients
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.job import Job, Objective
+from bio_inspired_nanochat.training.looks import Looks
 from bio_inspired_nanochat.training.parallel import Engine, held, sleep_on, whole_model
 from bio_inspired_nanochat.training.ranks import broadcast, on_rank0
 from bio_inspired_nanochat.training.vitals import look
@@ -39,6 +41,7 @@ class Trainer:
         self.config, self.plan, self.progress = job.plan.config, job.plan, job.progress
         self.start_step = job.progress.step
         self.clock = Clock(self.plan.steps - self.start_step)
+        self.looks = Looks(self.config.vitals_every, job.rank.first)
         self.checkpoint = job.resumed_from
         self.saved_step = self.start_step if job.resumed_from else -1
         self.first_loss: float | None = None
@@ -53,6 +56,7 @@ class Trainer:
         self._peak = peak_flops(job.device, self.plan.dtype)
         self.engine = self._engine()
         self.keeper = self._experts()
+        self.gradients = Gradients(self.engine, self.keeper, self.plan)
 
     def _engine(self) -> Engine:
         if self.config.compile == "1":
@@ -125,7 +129,7 @@ class Trainer:
                 callback.after_update(step, self.job.model, self.job.optimizer)
             log = self.config.log_every > 0 and (self._due(self.config.log_every) or last or step == self.start_step + 1)
             save = self.config.save_every > 0 and self._due(self.config.save_every)
-            watch = self.config.vitals_every > 0 and (self._due(self.config.vitals_every) or last or step == 1)
+            watch = self.looks.take(step, last)
             dues = {"eval": self.config.eval_every, "sample": self.config.sample_every}
             self.progress.owed = [name for name, every in dues.items() if every > 0 and self._due(every) and not last]
             if self.clock.steps == self.clock.warm:
@@ -159,11 +163,10 @@ class Trainer:
         """
         total: Tensor | None = None
         documents: list[str] = []
-        for micro, (idx, targets, divisor) in enumerate(self.job.batches()):
+        for micro, (idx, targets, share) in enumerate(self.job.batches()):
             idx, targets = self._to_device(idx, targets)
             documents += getattr(self.job.loader, "documents", [])
-            with self.engine.micro_batch(last=micro == self.plan.accumulation - 1):
-                loss = self._backward(idx, targets, micro, divisor)
+            loss = self._backward(idx, targets, micro, share)
             total = loss if total is None else total + loss
             self._last_batch = idx
         assert total is not None
@@ -183,16 +186,11 @@ class Trainer:
         self.job.optimizer.zero_grad()
         return fault
 
-    def _backward(self, idx: Tensor, targets: Tensor, micro: int, divisor: float) -> Tensor:
+    def _backward(self, idx: Tensor, targets: Tensor, micro: int, share: float) -> Tensor:
         """Forward and backward of one micro-batch; its share of the loss (see `Job.batches`). Both may be what the compiler fails at."""
         first_row = (micro * self.job.rank.world + self.job.rank.index) * idx.shape[0]
         try:
-            probes = None if self.keeper is None else self.keeper.probes()
-            objective, loss, routing = self.engine(idx, targets, self.progress.step, first_row, probes)
-            if self.keeper is not None:
-                self.keeper.add(routing)
-            (objective / divisor).backward()
-            return loss / divisor
+            return self.gradients(idx, targets, micro, share, self.progress.step, first_row)
         except RuntimeError as error:
             if self.config.compile == "1" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = next(iter(str(error).splitlines()), "")[:200]
@@ -335,6 +333,7 @@ class Trainer:
         rows = self.plan.eval_rows()
         if rows == 0:
             return True
+        self.gradients.release()
         loader, sizes = self.job.val_loader(), self.job.tokenizer.token_bytes()
         try:
             bpb = bits_per_byte(self.job.model, loader, -(-rows // self.plan.rows), sizes, max_rows=rows, stop=self._interrupted)
@@ -351,11 +350,14 @@ class Trainer:
         """Let the callbacks see what synapses and experts do on the step's last batch, on rank 0. Collective where the model is divided."""
         if not self.callbacks or self._last_batch is None:
             return
-        model = whole_model(self.job.model)
-        if self.job.rank.first:
-            seen = look(model, self._last_batch, self.progress.step, self.job.ballots.cast)
-            if seen is not None:
-                self._tell("on_look", seen)
+        wait_for_device(self.job.device)  # for the steps before, whose time is not the look's
+        left_out = self.looks.left_out
+        with self.looks.timed():
+            model = whole_model(self.job.model)
+            if self.job.rank.first:
+                seen = look(model, self._last_batch, self.progress.step, self.job.ballots.cast, left_out)
+                if seen is not None:
+                    self._tell("on_look", seen)
 
     def _sample(self) -> bool:
         """Let the model continue a few prompts, on rank 0; False when a signal ended it. Collective."""
@@ -395,6 +397,7 @@ class Trainer:
             "log_dir": None if self.job.log_dir is None else str(self.job.log_dir),
             "skipped_steps": self.progress.skipped,
             "rollbacks": self.progress.rollbacks,
+            "looks_left_out": self.looks.left_out_in_all,
             "data": getattr(self.job.loader, "counts", {}),
             "lineage_events": 0 if self.keeper is None else self.keeper.events,
         } | ({} if self.keeper is None else {"experts": self.keeper.living()})

@@ -54,9 +54,13 @@ class Progress:
 class Stateful(Protocol):
     """Something that continues from what it said of itself, in JSON types."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What to continue from, in JSON types."""
+        ...
 
-    def load_state_dict(self, state: Any, /) -> Any: ...
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Continue from what `state_dict` said."""
+        ...
 
 
 class Registry:

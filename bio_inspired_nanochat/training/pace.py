@@ -17,6 +17,7 @@ from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.experts import ExpertKeeper
+from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
 from bio_inspired_nanochat.training.hardware import GIB, static_bytes
 from bio_inspired_nanochat.training.job import Objective
 from bio_inspired_nanochat.training.parallel import Engine, shard
@@ -29,7 +30,7 @@ USED_SHARE = 0.85  # of the time for training; the rest is for what a measuremen
 EVAL_SHARE = 0.12  # of the time, for all evaluations
 _OPTIMISTIC_FLOPS = {"cuda": 2e15, "mps": 3e13}  # more than any such device does; a CPU below
 _CPU_FLOPS = 2e11  # per core
-_WARM_STEPS = {"cuda": 3}
+_WARM_STEPS = {"cuda": WARM_RUNS + 2}
 
 
 @dataclass(frozen=True)
@@ -98,24 +99,16 @@ class Rehearsal:
             self.model.compile_regions()
         self.engine = Engine(Objective(self.model, plan.config.seed), plan, device)
         self.keeper = ExpertKeeper(self.model, self.optimizer, 0, plan.config.seed) if plan.model.num_experts else None
+        self.gradients = Gradients(self.engine, self.keeper, plan)
         generator = torch.Generator().manual_seed(plan.config.seed)
         tokens = torch.randint(plan.model.vocab_size, (plan.rows, plan.model.sequence_len + 1), generator=generator).to(device)
         self.idx, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def forward(self) -> Tensor:
-        """The loss of one micro-batch, its share of the step's."""
-        if self.keeper is None:
-            return self.engine(self.idx, self.targets)[0] / self.plan.accumulation
-        loss, _, routing = self.engine(self.idx, self.targets, 0, 0, self.keeper.probes())
-        self.keeper.add(routing)
-        return loss / self.plan.accumulation
 
     def step(self, mark: Callable[[], object] = lambda: None) -> None:
         """One optimizer step; `mark` is called between the last backward and the optimizer."""
         self.optimizer.schedule(0, 1)
         for micro in range(self.plan.accumulation):
-            with self.engine.micro_batch(last=micro == self.plan.accumulation - 1):
-                self.forward().backward()
+            self.gradients(self.idx, self.targets, micro, 1 / self.plan.accumulation)
         self.engine.finish()
         mark()
         self.optimizer.clip_grad_norm()

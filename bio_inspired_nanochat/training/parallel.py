@@ -113,6 +113,7 @@ class Engine:
                 self._call.register_comm_hook(None, bf16_compress_hook)
 
     def __call__(self, *args: Any) -> Any:
+        """What the objective returns for a batch, with gradients that this engine brings together."""
         return self._call(*args)
 
     @contextlib.contextmanager

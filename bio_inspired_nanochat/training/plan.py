@@ -87,6 +87,7 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
     free memory may differ). vocab_size and bos_token_id are the tokenizer's; without one the wanted size counts.
     """
     config = fill_defaults(config, device)
+    config = dataclasses.replace(config, graph=_graph(config.graph, device, world))
     assert config.vocab_size is not None and config.tokens_per_param is not None
     shape = model_config(config, vocab_size or config.vocab_size, bos_token_id)
     dtype = given_dtype(config, device)
@@ -104,6 +105,15 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
         config, vocab_size=shape.vocab_size, device_batch_size=rows, total_batch_size=tokens, num_iterations=steps, n_embd=shape.n_embd
     )
     return Plan(config, shape, dtype, world, steps, accumulation, tokens, params, model.flops_per_token())
+
+
+def _graph(wanted: str, device: torch.device, world: int) -> str:
+    """Whether steps are replayed. UserError where that is asked for and cannot be."""
+    possible = device.type == "cuda" and world == 1
+    if wanted == "1" and not possible:
+        where = f"{world} processes" if world > 1 else f"device={device.type}"
+        raise UserError(f"graph=1 is for one process on CUDA, and this is {where}: leave --graph out")
+    return str(int(possible)) if wanted == "auto" else wanted
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:
@@ -163,7 +173,19 @@ def whole_forwards(total: int, rows: int, length: int, world: int, told: bool) -
 OPERATIONAL = frozenset(
     {
         *("eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "log_every"),
-        *("max_minutes", "stop_after", "device", "compile", "parallel", "bucket_mb", "reduce_dtype", "reshard", "print_config", "dry_run"),
+        *(
+            "max_minutes",
+            "stop_after",
+            "device",
+            "compile",
+            "graph",
+            "parallel",
+            "bucket_mb",
+            "reduce_dtype",
+            "reshard",
+            "print_config",
+            "dry_run",
+        ),
         *("checkpoint_dir", "log_dir", "run_name", "resume"),
     }
 )

@@ -12,6 +12,7 @@ import torch
 
 from bio_inspired_nanochat.common import write_atomic
 from bio_inspired_nanochat.common.console import duration
+from bio_inspired_nanochat.config.tables import markdown_table
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training.comparison import KINDS, Findings, Outcome, difference, pooled
 from bio_inspired_nanochat.training.lesson import SHOWN
@@ -106,7 +107,7 @@ def _head(found: Findings) -> str:
         "",
         what,
         "",
-        markdown_table(["", *KINDS, "difference"], table_rows(found)),
+        markdown_table(table_rows(found), ["", *KINDS, "difference"]).rstrip(),
         "",
         caution,
         "",
@@ -148,7 +149,7 @@ def _synapses(found: Findings) -> str:
         "",
         "Trained values per layer: mean over heads (smallest … largest).",
         "",
-        markdown_table(columns, rows),
+        markdown_table(rows, columns).rstrip(),
         "",
         meaning,
         "",
@@ -217,19 +218,10 @@ def _circumstances(found: Findings) -> str:
         ("time", f"{duration(found.seconds)} for everything"),
         *((f"{kind} checkpoint", _checkpoint(outcome)) for kind, outcome in found.outcomes),
     ]
-    lines = ["## How it was run", "", markdown_table(["", ""], [[name, value] for name, value in facts]), ""]
+    lines = ["## How it was run", "", markdown_table([[name, value] for name, value in facts], ["", ""])]
     lines += ["Again, with as many steps:", "", "```bash", found.command, "```"]
     return "\n".join(lines)
 
 
 def _checkpoint(outcome: Outcome) -> str:
     return f"`{outcome.record['checkpoint']}`"
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; bars inside of cells are escaped."""
-
-    def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([line(columns), "|" + "---|" * len(columns), *map(line, rows)])

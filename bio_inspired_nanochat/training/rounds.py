@@ -40,6 +40,7 @@ class Deadline(Callback):
         self._at = at
 
     def after_update(self, step: int, model: Any, optimizer: Any) -> None:
+        """Raises OutOfTime when the deadline has passed."""
         if time.perf_counter() > self._at:
             raise OutOfTime
 
@@ -52,9 +53,11 @@ class Curve(Callback):
         self.val: list[tuple[int, float]] = []
 
     def on_step(self, record: StepRecord) -> None:
+        """Keep the training loss."""
         self.train.append((record.step, record.loss))
 
     def on_eval(self, record: EvalRecord) -> None:
+        """Keep the validation bits per byte."""
         self.val.append((record.step, record.val_bpb))
 
     def cut(self, step: int) -> None:

@@ -206,7 +206,8 @@ def register_states(job: Job) -> None:
 def restore(job: Job, saved: Checkpoint) -> None:
     """Continue from a checkpoint: weights, optimizer, position in the data, random generators, counters.
 
-    One of the kind `injection.START` has weights only, and the run begins at step 0 with them.
+    One of the kind `injection.START` has weights only, and the run begins at step 0 with them. Raises UserError for a checkpoint without
+    the state of a training.
     """
     if saved.meta.get("kind") == START:
         load_weights(job.model, saved.model)
@@ -246,7 +247,7 @@ def reload(job: Job, path: Path) -> None:
 def unstarted(run_name: str | None, device: torch.device, stopped: str) -> dict[str, Any]:
     """The record of a run that a signal ended before its first step; see `Trainer.result`."""
     empty = ("final_loss", "val_bpb", "val_loss", "first_loss", "tok_per_s", "params", "checkpoint", "resumed_from", "log_dir")
-    counts = dict.fromkeys(("steps", "tokens", "skipped_steps", "rollbacks", "lineage_events"), 0)
+    counts = dict.fromkeys(("steps", "tokens", "skipped_steps", "rollbacks", "lineage_events", "looks_left_out"), 0)
     rest = {"stopped": stopped, "seconds": 0.0, "peak_memory_gib": round(peak_memory_gib(device), 3), "device": str(device), "data": {}}
     return dict.fromkeys(empty) | counts | rest | {"run_name": run_name}
 

@@ -63,8 +63,8 @@ RUN: dict[str, Any] = {
 class SoakConfig:
     """How long to soak, how often to disturb, and how much memory may be gained."""
 
-    minutes: float = knob(20.0, "time for both runs", lo=0.5, hi=10_000.0, unit="min")
-    calm: float = knob(20.0, "mean time from one disturbance to the next", lo=2.0, hi=3600.0, unit="s")
+    minutes: float = knob(20.0, "time for both runs", lo=0.5, hi=10_000.0, unit="minutes")
+    calm: float = knob(20.0, "mean time from one disturbance to the next", lo=2.0, hi=3600.0, unit="seconds")
     max_growth: float = knob(1.0, "most memory that a process may gain after the first quarter of its steps", lo=0.0, hi=1024.0, unit="GiB")
     seed: int = knob(0, "seed of the disturbances", lo=0, hi=1 << 31)
     folder: str = knob("", "where to work; empty is a temporary folder, removed afterwards")

@@ -52,7 +52,7 @@ class SpeedrunConfig:
     """How large, how long and on what. `None` (written `auto`) follows from the device."""
 
     depth: int | None = knob(None, "layers of both models (SPEEDRUN_DEPTH); auto is 3 on a CPU, 8 on a GPU", lo=1, hi=64)
-    minutes: float = knob(9.5, "time for everything after installation (SPEEDRUN_MINUTES)", lo=0.5, hi=600.0)
+    minutes: float = knob(9.5, "time for everything after installation (SPEEDRUN_MINUTES)", lo=0.5, hi=600.0, unit="minutes")
     data: str | None = knob(
         None,
         "folder of parquet shards, or a text file or folder (SPEEDRUN_DATA); none is the embedded demo corpus",
@@ -212,7 +212,10 @@ def _with_rows(plans: Sequence[Plan], device: torch.device, rows: int) -> list[P
 
 
 def measure_both(plans: list[Plan], device: torch.device, minutes: float) -> tuple[list[Plan], list[Pace]]:
-    """The pace of both models; with fewer rows for both where the memory of a GPU asks for it."""
+    """The pace of both models; with fewer rows for both where the memory of a GPU asks for it.
+
+    Raises UserError when not even one row fits.
+    """
     check_feasible(plans, device, 60 * minutes)
     seconds = min(10.0, max(0.5, 0.015 * 60 * minutes))
     while True:

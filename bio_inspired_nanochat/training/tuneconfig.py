@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from bio_inspired_nanochat.common import base_dir
-from bio_inspired_nanochat.config import from_dict, knob, validate
+from bio_inspired_nanochat.config import from_dict, knob, knobs_of, validate
 from bio_inspired_nanochat.engine import TUNED_FOLDER
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.training.config import CONTEXT_LIMIT, TrainConfig
 
+_GRAPH = knobs_of(TrainConfig)["graph"]
 # Taken over from this command line; everything else of a TrainConfig is the model's own, as it was pre-trained.
 _SHARED = (
     *("seed", "max_minutes", "eval_every", "sample_every", "save_every", "keep_checkpoints", "log_every"),
-    *("device", "dtype", "compile", "log_dir", "resume", "stop_after"),
+    *("device", "dtype", "compile", "graph", "log_dir", "resume", "stop_after"),
 )
 
 
@@ -55,7 +56,7 @@ class TuneConfig:
     lr_scale: float = knob(0.3, "all learning rates, as a fraction of those of the pre-training", lo=0.0, hi=100.0, log=True)
     warm_start: bool = knob(True, "go on with the moments of the pre-training's optimizer", off=False)
     seed: int = knob(0, "seed of the order of the conversations, of samples and of everything else that is random", lo=0, hi=(1 << 63) - 1)
-    max_minutes: float = knob(0.0, "end after this time; 0 is no limit", lo=0.0, off=0.0)
+    max_minutes: float = knob(0.0, "end after this time; 0 is no limit", lo=0.0, off=0.0, unit="minutes")
 
     eval_every: int = knob(100, "steps between evaluations; 0 evaluates only at the end", lo=0, off=0, unit="steps")
     eval_tokens: int | None = knob(
@@ -69,6 +70,7 @@ class TuneConfig:
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=("auto", "float32", "bfloat16"))
     compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    graph: str = knob("auto", _GRAPH.doc, choices=_GRAPH.choices)
     checkpoint_dir: str | None = knob(
         None, f"folder that gets one folder of checkpoints per run; auto is {TUNED_FOLDER}/ under $NANOCHAT_BASE_DIR"
     )

@@ -15,11 +15,11 @@ STAGNATION_ACTIONS = ("stop", "sigma_reset", "none")
 
 
 @dataclass(frozen=True)
-class TuneConfig(ObjectiveConfig):
+class SearchConfig(ObjectiveConfig):
     """What all commands share: the knobs, the objective, and where it runs."""
 
     syn_preset: str = knob("memory", f"where the search begins: one of {', '.join(PRESETS)}, or a preset file")
-    syn_cfg: SynapticConfig = knob(lambda: SynapticConfig.preset("memory"), "changes to it")
+    syn_cfg: SynapticConfig = knob(lambda: SynapticConfig.preset("memory"), "constants that the search begins with")
     knobs: tuple[str, ...] = knob((), "knobs to search, without syn_cfg in front; none given: those of --group that act")
     group: str = knob(
         "all", "part of the synapse to search; the winners of a preset file stay fixed then", choices=("all", *GROUPS), off="all"
@@ -47,7 +47,7 @@ class TuneConfig(ObjectiveConfig):
 
 
 @dataclass(frozen=True)
-class SanityConfig(TuneConfig):
+class SanityConfig(SearchConfig):
     """Check the optimizer and the objective: known functions, two generations, and whether the objective tells good from bad."""
 
     gate_seeds: int = knob(4, "seeds of the readiness gate", lo=2, hi=1000)
@@ -56,7 +56,7 @@ class SanityConfig(TuneConfig):
 
 
 @dataclass(frozen=True)
-class SensitivityConfig(TuneConfig):
+class SensitivityConfig(SearchConfig):
     """Rank the knobs: one at a time and by Morris screening, under matched seeds."""
 
     trajectories: int = knob(4, "Morris trajectories; 0 leaves them out", lo=0, hi=1000, off=0)
@@ -72,7 +72,7 @@ class SensitivityConfig(TuneConfig):
 
 
 @dataclass(frozen=True)
-class OptimizeConfig(TuneConfig):
+class OptimizeConfig(SearchConfig):
     """Search by CMA-ES."""
 
     screening: str | None = knob(None, "sensitivity.json whose top knobs are searched", path="file", none="none")

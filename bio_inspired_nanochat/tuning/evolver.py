@@ -56,7 +56,6 @@ class Progress:
     best_generation: int = 0
     improved: int = 0
     bar: float = math.inf
-    resets: int = 0
     seconds: float = 0.0
     evaluations: int = 0
     diverged: int = 0
@@ -136,7 +135,6 @@ def stop_reason(config: OptimizeConfig, progress: Progress, strategy: Any) -> st
         if config.stagnation_action == "sigma_reset":
             say(f"notice: {said}: the step size is set back to {config.sigma0:g}")
             strategy.sigma = config.sigma0
-            progress.resets += 1
             progress.improved = progress.generation
     if config.early_stop and (reasons := strategy.stop()):
         return "converged, says CMA-ES: " + ", ".join(f"{name}={value}" for name, value in reasons.items())

@@ -144,7 +144,10 @@ class Mirror(Watcher):
     """Every candidate as a trial of an Optuna study in the journal file `optuna.log`, for optuna-dashboard and its plots of importance."""
 
     def on_start(self, config: OptimizeConfig, space: Space, folder: Path, generation: int) -> None:
-        """See `Watcher`. Trials of generations that a resumed run does again are not written twice."""
+        """See `Watcher`. Trials of generations that a resumed run does again are not written twice.
+
+        Raises UserError without the package optuna.
+        """
         try:
             import optuna
         except ImportError:

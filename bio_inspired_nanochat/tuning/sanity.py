@@ -22,6 +22,7 @@ from bio_inspired_nanochat.tuning.workers import Evaluator
 
 TOLERANCE = 1e-8
 DIMENSIONS = 5
+MOST_EVALUATIONS = 20000
 # Settings that must be worse, of which the first that is searched counts. A memory that writes an eighth as strongly and has lost two thirds
 # after 20 tokens lies less than one and a half first step sizes of a search from where it begins; attention that forgets within tokens, at
 # the bounds, is for searches without fast weights.
@@ -39,10 +40,10 @@ def rosenbrock(u: np.ndarray) -> float:
     return float((100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum())
 
 
-def minimise(function: Callable[[np.ndarray], float], seed: int, most: int = 20000) -> tuple[float, int]:
-    """Least value that the strategy finds, and how many it asked for, at most `most`."""
+def minimise(function: Callable[[np.ndarray], float], seed: int) -> tuple[float, int]:
+    """Least value that the strategy finds, and how many it asked for, at most MOST_EVALUATIONS."""
     strategy, least = make_strategy([0.6] * DIMENSIONS, 0.2, 10, seed), float("inf")
-    while least > TOLERANCE and strategy.countevals < most:
+    while least > TOLERANCE and strategy.countevals < MOST_EVALUATIONS:
         points = strategy.ask()
         values = [function(np.asarray(point)) for point in points]
         strategy.tell(points, values)
@@ -67,7 +68,7 @@ def readiness(config: SanityConfig, space: Space, evaluator: Evaluator) -> dict[
     """The gate: the objective's own values for the start and for a bad setting, under the same seeds.
 
     signal: difference of the means; noise: standard deviation over seeds within a setting, pooled over both. `ready` when the bad one is
-    worse by `gate_sds` of it.
+    worse by `gate_sds` of it. Raises UserError when no knob of a known bad value is searched.
     """
     known = [{name: value for name, value in bad.items() if name in space.names} for bad in BAD]
     bad: dict[str, Any] = next(filter(None, known), {})

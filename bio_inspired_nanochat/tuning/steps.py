@@ -17,10 +17,10 @@ from torch import Tensor
 from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.optim import OptimConfig, Optimizer
 from bio_inspired_nanochat.tasks.memory import MemoryTask
+from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture
 from bio_inspired_nanochat.tuning.stack import Single, Stack
 
 Batch = tuple[Tensor, Tensor]
-WARM_RUNS = 3  # steps before the recording: kernels are compiled and chosen in them
 POOL = 16  # batches that are made together, so that making them costs a device next to nothing
 
 
@@ -48,6 +48,7 @@ class Gradients:
     def __init__(self, model: Stack | Single, graph: bool) -> None:
         self.model, self.calls = model, 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.side: torch.cuda.Stream | None = None
         self.wanted = graph and isinstance(model, Stack) and model.device.type == "cuda"
         self.parameters = model.parameters()
 
@@ -75,25 +76,22 @@ class Gradients:
         if not self.wanted:
             yield
             return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        if self.side is None:
+            self.side = torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             yield
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
 
     def _record(self, idx: Tensor, targets: Tensor) -> None:
         self.idx, self.targets = idx.clone(), targets.clone()
-        graph = torch.cuda.CUDAGraph()
+        for parameter in self.parameters:
+            parameter.grad = None
         try:
-            for parameter in self.parameters:
-                parameter.grad = None
-            with torch.cuda.graph(graph):
-                self.model.losses(self.idx, self.targets).sum().backward()
+            self.graph, _ = capture(lambda: self.model.losses(self.idx, self.targets).sum().backward())
         except RuntimeError as error:
             self.wanted = False
             say(f"notice: steps are not replayed as a CUDA graph, which is slower ({str(error).splitlines()[0]})")
-            return
-        self.graph = graph
 
 
 def by_seed(seeds: Sequence[int], make: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:

@@ -18,7 +18,10 @@ HEAD = b"sha256 "
 
 
 def make_strategy(start: Sequence[float], sigma0: float, popsize: int, seed: int) -> Any:
-    """A `cma.CMAEvolutionStrategy` within [0, 1]^n. Every seed, 0 included, is a fixed one (cma takes 0 for the time of day)."""
+    """A `cma.CMAEvolutionStrategy` within [0, 1]^n. Every seed, 0 included, is a fixed one (cma takes 0 for the time of day).
+
+    Raises UserError for fewer than two dimensions.
+    """
     import cma  # half a second that other scripts need not pay
 
     point = np.clip(np.asarray(start, dtype=float), 0.01, 0.99)  # a start on the boundary has no room to its other side

@@ -207,7 +207,7 @@ def _store() -> tuple[Any, int, int]:
 
 
 def make_evaluator(config: Any) -> Evaluator:
-    """The evaluator that a TuneConfig asks for, in a single process or on rank 0."""
+    """The evaluator that a SearchConfig asks for, in a single process or on rank 0."""
     if this_rank().world > 1:
         return Ranks(config, config.device, config.eval_timeout)
     if config.workers:

@@ -6,16 +6,20 @@ import errno
 import json
 import math
 import re
+import threading
+import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import record_writer
 
 from bio_inspired_nanochat import structural
+from bio_inspired_nanochat.gpt import GPT, GPTConfig
 from bio_inspired_nanochat.neuroviz.tensorboard import TensorBoard, layout
 from bio_inspired_nanochat.structural import read_lineage
-from bio_inspired_nanochat.training import train
-from bio_inspired_nanochat.training.callbacks import JsonLog
+from bio_inspired_nanochat.training import StepRecord, train
+from bio_inspired_nanochat.training.callbacks import JsonLog, Run
 from bio_inspired_nanochat.training.metrics import METRICS, SCALARS
 from bio_inspired_nanochat.training.vitals import look
 from tests.neuroviz.conftest import RUN
@@ -25,6 +29,7 @@ from tests.training.tiny import small
 
 LAYERS = 2
 ABSENT = {"train/mfu"}  # no peak is known of a CPU
+SHAPE = GPTConfig(sequence_len=64, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, synapses=True)
 SLOW = {"experts/dead"}  # takes a hundred steps to move, see below
 
 
@@ -141,6 +146,37 @@ def test_a_vanilla_run_has_no_vitals(tmp_path):
     assert not [tag for tag in tags["scalars"] if not tag.startswith(("train/", "val/"))] and not tags["images"]
 
 
+def test_a_step_is_one_record_on_disk_that_training_does_not_wait_for(tmp_path, monkeypatch):
+    """The thread that writes is held up for a while; nothing is closed, as where a process is killed."""
+    model, go, records = GPT(SHAPE), threading.Event(), []
+    callback, write = TensorBoard(), record_writer.RecordWriter.write
+    callback.on_start(Run(small(tmp_path), model, 0, 10, tmp_path))
+    callback._writer.flush()
+
+    def held_up(self, data):
+        go.wait(5)
+        records.append(data)
+        write(self, data)
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", held_up)
+    seen = look(model, torch.randint(64, (1, 64)), 1)
+    callback.on_look(seen)
+    for step in range(1, 6):
+        callback.on_step(StepRecord(step, 1.0, 1.0, 1.0, 1.0, None, 1.0, 0.0, 0, step, None))
+    assert not records, "six calls have returned"
+    go.set()
+    until = time.monotonic() + 20
+    found = EventAccumulator(str(tmp_path))
+    while len(found.Reload().Tags()["scalars"]) < 10 or len(found.Scalars("train/loss")) < 5:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(records) == 6
+    assert found.Scalars("rrp_mean/layer1")[0].value == pytest.approx(seen.layers["rrp_mean"][1])
+    (pool,) = found.Histograms("pools/vesicles/layer0")
+    assert pool.histogram_value.num == pytest.approx(SHAPE.n_head, rel=1e-5) and pool.histogram_value.bucket[-1] > 0
+    callback.close()
+
+
 def test_a_full_disk_ends_the_logs_and_not_the_run(tmp_path, capfd, monkeypatch):
     """/dev/full takes the place of the family tree; the others find the disk full after a while."""
     monkeypatch.setattr(structural.lineage, "FILE", "../../full.jsonl")
@@ -149,7 +185,7 @@ def test_a_full_disk_ends_the_logs_and_not_the_run(tmp_path, capfd, monkeypatch)
 
     def write(self, data):
         written.append(data)
-        if len(written) > 40:
+        if len(written) > 8:
             raise full
 
     monkeypatch.setattr(record_writer.RecordWriter, "write", write)

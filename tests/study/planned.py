@@ -55,7 +55,7 @@ curve["flops"] = [t * run["flops_per_token"] for t in curve["tokens"]]
 curve["seconds"] = [t / metrics["tok_per_s"] for t in curve["tokens"]]
 names = ("id", "key", "conditions", "depth", "seed", "flops_per_token", "tokens")
 record = {{name: run[name] for name in names}} | {{"metrics": metrics, "curve": curve, "config": run["train"]}}
-record |= {{name: job[name] for name in ("digest", "smoke", "data")}}
+record |= {{name: job[name] for name in ("digest", "smoke", "data", "shared")}}
 record |= {{"versions": {{}}, "git": None, "device": "pretended", "began": 0.0, "ended": {seconds}}}
 open(folder + "/.record", "w").write(json.dumps(record))
 os.replace(folder + "/.record", folder + "/record.json")

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bio_inspired_nanochat.common import progress
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.study import VARIANTS, LinearMemory, MemoryStudyConfig, build_variant, memory_study
 from bio_inspired_nanochat.study import memory as module
+from bio_inspired_nanochat.study.cohort import Cohort
 from bio_inspired_nanochat.study.memory import StudyRun, append_record, read_records, records_path, summarise
 from bio_inspired_nanochat.study.models import WindowedConfig, memory_only, memory_values, variant_roles
 from bio_inspired_nanochat.tasks.memory import Facts, Recall
@@ -196,19 +198,59 @@ def test_constants_of_the_memory_do_not_concern_models_without_one(tmp_path):
     assert StudyRun(a, "recall", "vanilla", 0).key() == StudyRun(b, "recall", "vanilla", 0).key()
 
 
-def test_a_diverged_run_is_recorded_and_the_others_go_on(tmp_path, capsys):
-    real = module._steps
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_steps", lambda run, *rest: poisoned(real(run, *rest)) if run.variant == "delta" else real(run, *rest))
-        result = memory_study(study(tmp_path))
+def test_a_diverged_run_is_recorded_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    step = Cohort.step
+
+    def poisoned(self, batches):
+        memories = any("density" in name for name, _ in self.models[0].named_parameters())
+        return step(self, batches) * (float("nan") if memories else 1)
+
+    monkeypatch.setattr(Cohort, "step", poisoned)
+    result = memory_study(study(tmp_path))
     cells = result["results"]["recall"]
     assert cells["delta"]["failed"] == 1 and cells["delta"]["accuracy"] is None and cells["vanilla"]["seeds"] == 1
     assert "not finite at step 3" in capsys.readouterr().out
 
 
-def poisoned(steps):
-    for step, loss in steps:
-        yield step, loss * float("nan")
+def test_models_that_train_side_by_side_are_those_that_train_alone(tmp_path, monkeypatch):
+    """The one that has seed 1 is said to have learned at once: it stops early, and the others do not notice."""
+    real = module.measure
+
+    def measured(model, *rest, **options):
+        score = real(model, *rest, **options)
+        return dataclasses.replace(score, accuracy=1.0 if model.seed == 1 else 0.0)
+
+    def build(name, sizes, seed):
+        model = build_variant(name, sizes, seed)
+        model.seed = seed
+        return model
+
+    monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(module, "build_variant", build)
+    config = study(tmp_path, seeds=(0, 1, 2), steps=8, eval_every=2, stop_accuracy=0.99)
+    runs = [StudyRun(config, "recall", "delta", seed) for seed in config.seeds]
+    with progress(None, "study", "steps") as bar:
+        alone = [record for run in runs for record in module.train_runs([run], torch.device("cpu"), bar)]
+        together = list(module.train_runs(runs, torch.device("cpu"), bar))
+    assert [(record["seed"], record["steps"]) for record in together] == [(1, 2), (0, 8), (2, 8)]
+    for record in alone:
+        (other,) = (one for one in together if one["seed"] == record["seed"])
+        assert other["steps"] == record["steps"] and other["loss"] == pytest.approx(record["loss"], abs=1e-4)
+        assert [point[1] for point in other["curve"]] == pytest.approx([point[1] for point in record["curve"]], abs=1e-4)
+    assert len({record["loss"] for record in together}) == 3
+
+
+@pytest.mark.gpu
+def test_replayed_steps_of_several_models_are_eager_ones():
+    device = torch.device("cuda")
+    losses = []
+    for graph in (False, True):
+        models = [build_variant("delta", sizes(), seed).to(device) for seed in (0, 1, 2)]
+        cohort = Cohort(models, variant_roles(models[0]), OptimConfig(), 4 * TASK.length, 12, graph=graph)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in (0, 1, 2)]
+        losses.append(torch.stack([cohort.step([TASK.batch(generator, 4) for generator in generators]) for _ in range(12)]).cpu())
+        assert cohort.wanted == graph
+    assert torch.allclose(*losses, atol=1e-3) and len(losses[0][-1].unique()) == 3
 
 
 def test_a_run_ends_early_at_the_accuracy_asked_for(tmp_path):

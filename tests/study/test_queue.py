@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from bio_inspired_nanochat.study import queue
 from bio_inspired_nanochat.study.queue import Queue, ResumeConfig, RunConfig, read_attempts, run_queue
 from scripts import eval_matrix
+from tests import standin
 from tests.study.planned import HONEST, TINY, plan, pretend, started
 
 CRASH = "def behave(run):\n    if run['conditions'] == ['default'] and run['seed'] == 1:\n        sys.exit('no luck')\n"
@@ -31,6 +34,15 @@ def test_all_runs_are_done_once_and_recorded_whole(tmp_path: Path) -> None:
     assert set(started(tmp_path).values()) == {1} and len(started(tmp_path)) == 9
     again = run_queue(ResumeConfig(out=str(tmp_path)), pretend())
     assert (again["done"], again["new"]) == (9, 0) and set(started(tmp_path).values()) == {1}
+
+
+@pytest.mark.parametrize(("workers", "gpus", "shared"), [(1, [], False), (2, [], True), (2, ["0"], True), (2, ["0", "1"], False)])
+def test_runs_that_share_a_device_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, gpus: list, shared: bool) -> None:
+    plan(tmp_path, conditions=("vanilla",), seeds=(0,))
+    monkeypatch.setattr(queue, "_visible_gpus", lambda: gpus)
+    run_queue(RunConfig(out=str(tmp_path), workers=workers), pretend())
+    (job,) = tmp_path.glob("runs/*/job.json")
+    assert json.loads(job.read_text())["shared"] == shared
 
 
 def test_a_run_that_crashes_is_tried_again_and_costs_no_other(tmp_path: Path) -> None:
@@ -108,7 +120,11 @@ def test_a_queue_that_is_stopped_or_killed_can_be_resumed(tmp_path: Path, number
 
 
 @pytest.mark.slow
-def test_two_real_conditions_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_real_conditions_from_plan_to_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", standin.python())  # of the runs
+
     def run(*words: str) -> dict:
         eval_matrix.main([*words, f"--out={tmp_path}"])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -123,6 +139,7 @@ def test_two_real_conditions_from_plan_to_report(tmp_path: Path, capsys: pytest.
     record = json.loads((tmp_path / "runs/d2-default-s0/record.json").read_text())
     assert record["smoke"] and record["config"]["seed"] == 0 and record["data"]["fingerprint"] and record["versions"]["torch"]
     assert record["metrics"]["val_loss"] > 0 and len(record["curve"]["loss"]) == 2 and record["tokens"] == 512
+    assert record["shared"] and record["curve"]["seconds"] == [] and record["metrics"]["tok_per_s"] is None
     said = run("report")
     assert said["smoke"] and said["apart"] == 2 and said["scorecard"]["not measured"] == sum(said["scorecard"].values())
     assert "not a result" in (tmp_path / "report/report.md").read_text()

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from bio_inspired_nanochat.checkpoint import load_checkpoint
+from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import dry_run, train
+from tests.training.ranks import LIVING
 from tests.training.tiny import small
 
 pytestmark = pytest.mark.gpu
@@ -45,6 +48,29 @@ def test_steps_do_not_wait_for_the_device(tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert seen == list(range(1, 21))
+
+
+REPLAYED = {
+    "vanilla": {},
+    "synaptic": {"synapses": True},
+    "memory": {"synapses": True, "syn_cfg": SynapticConfig.preset("memory")},
+    "random release": {"synapses": True, "syn_cfg": SynapticConfig.preset("full"), "total_batch_size": 4 * 128 * 2},
+    "experts": LIVING | {"eval_every": 5},
+    "plain experts, accumulated": {"num_experts": 4, "total_batch_size": 4 * 128 * 3},
+}
+
+
+@pytest.mark.parametrize("compiled", ["0", "1"])
+@pytest.mark.parametrize("kind", REPLAYED)
+def test_a_replayed_step_is_the_step(tmp_path, capsys, kind, compiled):
+    records = [
+        train(small(tmp_path / graph, **{**REPLAYED[kind], **GPU, "num_iterations": 12}, compile=compiled, graph=graph)) for graph in "01"
+    ]
+    assert "not replayed" not in capsys.readouterr().out
+    weights = [load_checkpoint(record["checkpoint"]).model for record in records]
+    worst = max(float((weights[0][name].double() - weights[1][name].double()).abs().max()) for name in weights[0])
+    assert records[1]["final_loss"] == pytest.approx(records[0]["final_loss"], abs=2e-3), worst
+    assert records[1]["lineage_events"] == records[0]["lineage_events"]
 
 
 def test_a_batch_that_does_not_fit_names_one_that_does(tmp_path):

@@ -115,7 +115,7 @@ def test_a_dry_run_steps_once_and_writes_nothing(tmp_path, monkeypatch):
 def test_the_printed_config_leaves_nothing_open(capsys):
     record = print_config(TrainConfig())
     unknown = [name for name, value in record["config"].items() if value is None]
-    assert set(unknown) <= {"head_dim", "n_kv_head", "data_dir", "dataset", "tokenizer", "checkpoint_dir", "run_name"}
+    assert set(unknown) <= {"head_dim", "n_kv_head", "data_dir", "dataset", "tokenizer", "checkpoint_dir", "run_name", "vitals_every"}
 
 
 def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():

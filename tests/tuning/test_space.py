@@ -56,11 +56,11 @@ def test_the_groups_share_out_all_knobs() -> None:
 
 
 def test_winners_of_a_first_phase_stay_fixed_in_the_second(tmp_path: Path) -> None:
-    from bio_inspired_nanochat.tuning.config import TuneConfig
+    from bio_inspired_nanochat.tuning.config import SearchConfig
 
     path = tmp_path / "phase1.json"
     write_preset(path, SynapticConfig(tau_c=20.0), {"searched": ["tau_c"]})
-    config = TuneConfig(syn_preset=str(path), syn_cfg=SynapticConfig.preset(str(path)), group="calcium")
+    config = SearchConfig(syn_preset=str(path), syn_cfg=SynapticConfig.preset(str(path)), group="calcium")
     assert "tau_c" not in config.space().names and "theta" in config.space().names
     assert config.space().config(config.space().start()).tau_c == 20.0
 

@@ -64,7 +64,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[Reco
     recorded: list[Recording] = []
 
     @contextlib.contextmanager
-    def graph(_: Recording):
+    def graph(_: Recording, **options: str):
         yield
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
