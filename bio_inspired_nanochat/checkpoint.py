@@ -130,7 +130,7 @@ class Stage:
     def commit(
         self, model: dict[str, Tensor], meta: dict[str, Any], files: dict[str, bytes] | None = None, keep: int | None = None
     ) -> Path:
-        """Write the rest and give the checkpoint its name. Rank 0 only, after every rank wrote its optimizer state."""
+        """Write the rest and name the checkpoint; rank 0, after all wrote their optimizer state. UserError for a bad `keep`, a full disk."""
         assert self.rank == 0, "rank 0 commits"
         assert meta.get("step", self.step) == self.step, f"meta says step {meta['step']}, the checkpoint is of step {self.step}"
         if keep is not None and keep < 1:
@@ -283,7 +283,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Load what `find_checkpoint(path)` finds. Tensors are on the CPU."""
+    """Load what `find_checkpoint(path)` finds. Tensors are on the CPU. Raises UserError for a missing or damaged one."""
     path = find_checkpoint(path)
     with damaged_file(path / META, CHOOSE):
         meta = {**json.loads((path / META).read_bytes())}
@@ -291,7 +291,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def load_optimizer(path: Path | str, rank: int = 0) -> dict[str, Any]:
-    """The optimizer state of one rank as it was given to `write_optimizer`, tensors on the CPU."""
+    """What one rank gave to `write_optimizer`, tensors on the CPU. Raises UserError for a damaged file and a rank that saved none."""
     path = find_checkpoint(path)
     manifest = _read_manifest(path)
     name = f"optim_rank{rank}"

@@ -24,7 +24,6 @@ What carries over, tensor by tensor, is `NAMES`. Both models compute the same fu
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 import struct
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bio_inspired_nanochat.common.files import finite
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.errors import UserError, nearest
 from bio_inspired_nanochat.gpt import GATE_CHANNELS, GPT, SOFTCAP
@@ -112,7 +112,7 @@ def read_nanochat(path: Path, step: int | None = None, constants: str = "auto") 
     state = {name.removeprefix(_COMPILED): tensor for name, tensor in _read_state(file).items()}
     _check_constants(file, state, constants)
     config = _config(file, sizes, state)
-    return Imported(file, step, config, _weights(file, config, state), {"step": step, **_finite(meta)})
+    return Imported(file, step, config, _weights(file, config, state), {"step": step, **finite(meta)})
 
 
 # --- finding and reading ---------------------------------------------------------------------------------------------------------
@@ -171,15 +171,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise UserError(f"{path} is no dictionary of parameters by name: it is not a model of nanochat")
     return state
-
-
-def _finite(value: Any) -> Any:
-    """Metadata with null for NaN and infinities, which upstream's JSON may hold and ours does not."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- what can be represented -----------------------------------------------------------------------------------------------------

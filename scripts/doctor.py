@@ -35,11 +35,31 @@ def _whole(low: int, high: int):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, examine, print report and record."""
-    parser = _Parser(prog="scripts.doctor", description="What this machine has, and what training would do with it.", allow_abbrev=False)
-    parser.add_argument("--json", nargs="?", const=1, default=0, type=_whole(0, 1), help="1: print nothing but the JSON record")
-    parser.add_argument("--depth", default=12, type=_whole(1, 64), help="layers of the model that is asked about (12)")
-    parser.add_argument("--context", default=0, type=_whole(0, 1 << 20), help="its context length in tokens; 0 (the default) is training's")
-    parser.add_argument("--timeout", default=120, type=_whole(1, 3600), help="longest time for one probe in seconds (120)")
+    parser = _Parser(
+        prog="python -m scripts.doctor", description="What this machine has, and what training would do with it.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=1,
+        default=0,
+        type=_whole(0, 1),
+        metavar="{0,1}",
+        help="1: print nothing but the JSON record (default: 0; --json alone is 1)",
+    )
+    parser.add_argument(
+        "--depth", default=12, type=_whole(1, 64), metavar="INT", help="layers of the model that is asked about (1 to 64; default: 12)"
+    )
+    parser.add_argument(
+        "--context",
+        default=0,
+        type=_whole(0, 1 << 20),
+        metavar="INT",
+        help="its context length in tokens; 0 is training's (0 to 1048576; default: 0)",
+    )
+    parser.add_argument(
+        "--timeout", default=120, type=_whole(1, 3600), metavar="INT", help="longest time for one probe (1 to 3600 seconds; default: 120)"
+    )
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--"]
     flags = parser.parse_args(words)
     sections = doctor.examine(flags.depth, flags.context, flags.timeout)

@@ -14,9 +14,7 @@ from bio_inspired_nanochat.errors import exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch, or make a manifest. Exit code 1 when files are missing at the end; they are listed under `failed`."""
     with exit_on_user_error():
-        config = parse(
-            DownloadConfig, argv, prog="python -m scripts.download_data", description="Fetch shards by a manifest with sizes and sha256."
-        )
+        config = parse(DownloadConfig, argv, prog="scripts.download_data", description="Fetch shards by a manifest with sizes and sha256.")
         path = Path(config.manifest).expanduser()
         if config.make_manifest:
             files = write_manifest(Path(config.make_manifest).expanduser(), config.base_url, path)

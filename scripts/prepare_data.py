@@ -13,7 +13,7 @@ from bio_inspired_nanochat.errors import exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags, write the shards, print what was written and the command to go on with."""
     with exit_on_user_error():
-        config = parse(PrepareConfig, argv, prog="python -m scripts.prepare_data", description="Turn text files into training shards.")
+        config = parse(PrepareConfig, argv, prog="scripts.prepare_data", description="Turn text files into training shards.")
         print_json_line(prepare(config))
 
 

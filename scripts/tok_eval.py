@@ -18,7 +18,7 @@ from bio_inspired_nanochat.tokenizer import MAX_VOCAB, MIN_VOCAB, Tokenizer
 class TokEvalConfig:
     """Which tokenizers, on which text."""
 
-    data_dir: str | None = knob(None, "folder of shards; without it the embedded demo corpus", path="exists", none="demo")
+    data_dir: str | None = knob(None, "folder of shards; demo is the embedded corpus", path="exists", none="demo")
     dataset: str | None = knob(None, "dataset of the datasets package, instead of data_dir", none="none")
     tokenizer: tuple[str, ...] = knob((), "tokenizer files to measure", path="file")
     vocab_size: tuple[int, ...] = knob((4096,), "sizes to measure without --tokenizer, trained where missing", lo=MIN_VOCAB, hi=MAX_VOCAB)
@@ -33,7 +33,7 @@ class TokEvalConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table of bytes per token, then the JSON line. Exit code 1 when a text does not come back exactly."""
     with exit_on_user_error():
-        config = parse(TokEvalConfig, argv, prog="python -m scripts.tok_eval", description="Measure bytes per token and exact round trips.")
+        config = parse(TokEvalConfig, argv, prog="scripts.tok_eval", description="Measure bytes per token and exact round trips.")
         source = resolve_data(config.data_dir, config.dataset)
         if config.tokenizer:
             named = {path: Tokenizer.load(path) for path in config.tokenizer}

@@ -20,7 +20,7 @@ from bio_inspired_nanochat.tokenizer import MAX_VOCAB, MIN_VOCAB
 class TokTrainConfig:
     """The text and the size of a tokenizer."""
 
-    data_dir: str | None = knob(None, "folder of shards; without it the embedded demo corpus", path="exists", none="demo")
+    data_dir: str | None = knob(None, "folder of shards; demo is the embedded corpus", path="exists", none="demo")
     dataset: str | None = knob(None, "dataset of the datasets package, instead of data_dir", none="none")
     vocab_size: int = knob(4096, "number of token ids, bytes and special tokens included", lo=MIN_VOCAB, hi=MAX_VOCAB, log=True)
     max_chars: int = knob(TOKENIZER_CHARS, "characters of the training split to learn from", lo=1, hi=100_000_000_000, log=True)
@@ -33,7 +33,7 @@ class TokTrainConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, store, print where and how large."""
     with exit_on_user_error():
-        config = parse(TokTrainConfig, argv, prog="python -m scripts.tok_train", description="Train a byte-pair tokenizer.")
+        config = parse(TokTrainConfig, argv, prog="scripts.tok_train", description="Train a byte-pair tokenizer.")
         source = resolve_data(config.data_dir, config.dataset)
         began = time.perf_counter()
         tokenizer = train_tokenizer(source, config.vocab_size, config.max_chars)

@@ -19,7 +19,7 @@ from typing import Any
 from bio_inspired_nanochat.common import print_json_line, this_rank
 from bio_inspired_nanochat.config import SynapticConfig, parse_command
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error
-from bio_inspired_nanochat.tuning.config import BestConfig, OptimizeConfig, ReportConfig, SanityConfig, SensitivityConfig, TuneConfig
+from bio_inspired_nanochat.tuning.config import BestConfig, OptimizeConfig, ReportConfig, SanityConfig, SearchConfig, SensitivityConfig
 from bio_inspired_nanochat.tuning.evolver import optimize
 from bio_inspired_nanochat.tuning.monitor import watchers_of
 from bio_inspired_nanochat.tuning.report import best, report
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             description="Search the constants of a synapse by CMA-ES, on small models that are trained as one.",
             presets={"syn_preset": ("syn_cfg", SynapticConfig.preset)} if argv_tunes(argv) else None,
         )
-        if isinstance(config, TuneConfig) and not this_rank().first:
+        if isinstance(config, SearchConfig) and not this_rank().first:
             follow(config, config.device, config.eval_timeout)
             return
         print_json_line(_run(name, config))
@@ -58,7 +58,7 @@ def argv_tunes(argv: Sequence[str] | None) -> bool:
     import sys
 
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--"]
-    return bool(words) and issubclass(COMMANDS.get(words[0], ReportConfig), TuneConfig)
+    return bool(words) and issubclass(COMMANDS.get(words[0], ReportConfig), SearchConfig)
 
 
 def _run(name: str, config: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _run(name: str, config: Any) -> dict[str, Any]:
         evaluator.close()
 
 
-def _space(config: TuneConfig) -> Space:
+def _space(config: SearchConfig) -> Space:
     """The space of the flags; with --screening that of the knobs that it named."""
     if not isinstance(config, OptimizeConfig) or config.screening is None:
         return config.space()

@@ -15,6 +15,7 @@ LONGEST_FILE = 450
 # A module may import its own layer and those before it. `errors` comes first: it imports nothing of the package.
 LAYERS = [
     "errors",
+    "git",
     "common",
     "config",
     "registry",

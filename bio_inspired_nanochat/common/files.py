@@ -14,7 +14,10 @@ from bio_inspired_nanochat.errors import UserError
 
 
 def base_dir() -> Path:
-    """Where artefacts live: $NANOCHAT_BASE_DIR, by default ~/.cache/bio_inspired_nanochat. Created on first use."""
+    """Where artefacts live: $NANOCHAT_BASE_DIR, by default ~/.cache/bio_inspired_nanochat. Created on first use.
+
+    Raises UserError when it cannot be created.
+    """
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "bio_inspired_nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -60,16 +63,34 @@ def print_json_line(record: dict[str, Any]) -> None:
     """The last line of every script's stdout: one JSON object (NaN and infinity become null, so that any parser reads it)."""
     from bio_inspired_nanochat.common import console  # imported late: console uses this package's other modules
 
-    console.write(json.dumps(_finite(record)) + "\n")
+    console.write(json.dumps(finite(record)) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A copy of a tree of dicts and sequences for JSON: None for NaN and infinity, which JSON does not have; paths as text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines, in order; none without the file. What a crash has cut off is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found

@@ -14,7 +14,10 @@ import difflib
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from bio_inspired_nanochat.errors import UserError, nearest
 Config = TypeVar("Config")
 Presets = Mapping[str, tuple[str, Callable[[str], Any]]]
 
+MANY = 12  # flags of a nested config that --help alone does not list
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)")
 
@@ -51,16 +55,17 @@ def parse_with_given(
 
     argv: the words after the program's name (None: those of this process). presets: for a flag, the nested config that it sets and
     the function from the flag's value to it: `{"syn_preset": ("syn_cfg", SynapticConfig.preset)}`; explicit `--syn_cfg.*` flags
-    override the preset. `--help` prints the flags and exits with 0. Raises UserError, one line, for everything that is wrong.
+    override the preset. `--help` prints the flags and exits with 0: those of a nested config only by name where there are many, with
+    `--help=syn_cfg` and `--help=all` to see them. Raises UserError, one line, for everything that is wrong.
     """
     flags = _flags_of(cls)
     words = _words(argv)
-    helping = "-h" in words or "--help" in words
+    helping = [word for word in words if word in ("-h", "--help") or word.startswith("--help=")]
     given = {} if helping else _read(words, flags)
     values = _convert_all(flags, given, prog, description) if given else {}
     defaults = _defaults(cls, _preset_configs(presets or {}, values))
     if helping:
-        _print_help(flags, defaults, prog, description)
+        _print_help(cls, helping[0].partition("=")[2], defaults, prog, description)
         raise SystemExit(0)
     missing = [path for path, value in (defaults | values).items() if value is REQUIRED]
     if missing:
@@ -76,19 +81,26 @@ def parse_command(
     description: str,
     presets: Presets | None = None,
 ) -> tuple[str, Any]:
-    """For a script with sub-commands: `(name, config)` where the first word names the command and the others are its flags."""
+    """For a script with sub-commands: `(name, config)` where the first word names the command and the others are its flags.
+
+    Raises UserError for a missing or unknown command, and as `parse` does; `--help` prints and exits.
+    """
     words = _words(argv)
     if not words or words[0] in ("-h", "--help"):
         if not words:
-            raise UserError(f"a command is missing: {prog} followed by one of {', '.join(commands)}")
-        lines = [f"usage: {prog} COMMAND [OPTIONS]", "", description, "", "commands (each has its own --help):"]
-        lines += [f"  {name:<14} {(cls.__doc__ or '').strip().splitlines()[0]}" for name, cls in commands.items()]
+            raise UserError(f"a command is missing: {_started(prog)} followed by one of {', '.join(commands)}")
+        lines = [f"usage: {_started(prog)} COMMAND [OPTIONS]", "", _wrapped(description), "", "commands (each has its own --help):"]
+        lines += [f"  {name:<14} {_about(cls)}" for name, cls in commands.items()]
         _print_page("\n".join(lines) + "\n")
         raise SystemExit(0)
     name = words[0]
     if name not in commands:
         raise UserError(f"unknown command {_shown(name)}: one of {', '.join(commands)}{nearest(name[:60], commands)}")
-    return name, parse(commands[name], words[1:], prog=f"{prog} {name}", description=description, presets=presets)
+    return name, parse(commands[name], words[1:], prog=f"{prog} {name}", description=_about(commands[name]), presets=presets)
+
+
+def _about(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
 
 
 def _words(argv: Sequence[str] | None) -> list[str]:
@@ -155,10 +167,10 @@ def _unknown(name: str, names: dict[str, str]) -> UserError:
     plain = name.replace("-", "_")
     inside = [path for path in names if path.startswith(plain + ".")]
     if inside:
-        return UserError(f"--{plain} is a group of flags: write --{inside[0]}=..., and see --help for the others")
+        return UserError(f"--{plain} is a group of flags: write --{inside[0]}=..., and see --help={plain} for the others")
     if plain.startswith("no_") and plain[3:] in names:
         return UserError(f"unknown flag {_shown('--' + name)}: a switch is turned off by --{plain[3:]}=0")
-    return UserError(f"unknown flag {_shown('--' + name)}{_suggest(name, names)}: --help lists all flags")
+    return UserError(f"unknown flag {_shown('--' + name)}{_suggest(name, names)}: --help=all lists all flags")
 
 
 def _shown(text: str) -> str:
@@ -276,12 +288,45 @@ def _convert_all(flags: dict[str, Flag], given: dict[str, str], prog: str, descr
     return values
 
 
-def _print_help(flags: dict[str, Flag], defaults: dict[str, Any], prog: str, description: str) -> None:
+def _print_help(cls: type, topic: str, defaults: dict[str, Any], prog: str, description: str) -> None:
+    """The flags of a config. topic: empty, `all`, or the nested config to show."""
+    flags = _flags_of(cls)
+    nested = {name: record.doc for name, record in knobs_of(cls).items() if kinds_of(cls)[name].nested}
+    sizes = {name: sum(path.startswith(f"{name}.") for path in flags) for name in nested}
+    if topic not in ("", "all", *nested):
+        raise UserError(f"--help={_shown(topic)} shows nothing: one of {', '.join(['all', *nested])}{nearest(topic[:60], nested)}")
+    folded = [name for name, size in sizes.items() if size > MANY and not topic]
+    shown = {path: flag for path, flag in flags.items() if path.partition(".")[0] not in folded}
+    if topic in nested:
+        shown = {path: flag for path, flag in flags.items() if path.startswith(f"{topic}.")}
     page = io.StringIO()
     page.isatty = sys.stdout.isatty  # type: ignore[method-assign]  # keeps the colours of a terminal
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        _run_tyro(flags, defaults, ["--help"], prog, description)
-    _print_page("\n".join(line.rstrip() for line in page.getvalue().splitlines()))
+        _run_tyro(shown, defaults, ["--help"], _started(prog), description, _sections(cls, shown))
+    plain = page.getvalue().replace(description, _wrapped(description), 1)
+    lines = [line.rstrip() for line in plain.rstrip().splitlines()]
+    for name in folded:
+        lines += ["", _wrapped(f"--{name}.NAME=VALUE: {nested[name]}, {sizes[name]} flags; --help={name} shows them.")]
+    _print_page("\n".join(lines))
+
+
+def _started(prog: str) -> str:
+    """How a program is started: `python -m scripts.base_train`."""
+    return f"python -m {prog}" if prog.startswith("scripts.") else prog
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, shutil.get_terminal_size().columns, break_on_hyphens=False)
+
+
+def _sections(cls: type, flags: dict[str, Flag]) -> dict[str, str]:
+    """The section that each flag of the config itself is shown in, from `SECTIONS` of its class: a title, one word, by its first flag."""
+    titles, found, title = getattr(cls, "SECTIONS", {}), {}, ""
+    for path in flags:
+        title = titles.get(path, title)
+        if title and "." not in path:
+            found[path] = title
+    return found
 
 
 def _print_page(text: str) -> None:
@@ -290,10 +335,25 @@ def _print_page(text: str) -> None:
     say(text.rstrip("\n"))
 
 
-def _run_tyro(flags: dict[str, Flag], defaults: dict[str, Any], words: list[str], prog: str, description: str) -> Any:
+def _run_tyro(
+    flags: dict[str, Flag],
+    defaults: dict[str, Any],
+    words: list[str],
+    prog: str,
+    description: str,
+    sections: Mapping[str, str] | None = None,
+) -> Any:
     import tyro  # a quarter of a second that `import bio_inspired_nanochat` need not pay
 
     view = _view("Flags", "", flags, defaults)
+    if sections:
+        groups: dict[str, Any] = {}
+        for title in dict.fromkeys(sections.values()):
+            inside = _view(title, "", {path: flag for path, flag in flags.items() if sections.get(path) == title}, defaults)
+            groups[title] = Annotated[inside, tyro.conf.OmitArgPrefixes]
+        rest = _view("Flags", "", {path: flag for path, flag in flags.items() if path not in sections}, defaults)
+        fields = [(name, kind, dataclasses.field(default_factory=typing.get_args(kind)[0])) for name, kind in groups.items()]
+        view = dataclasses.make_dataclass("Flags", [*fields, *((f.name, f.type, f) for f in dataclasses.fields(rest))])
     return tyro.cli(view, args=words, prog=prog, description=description, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
 
 
@@ -342,7 +402,7 @@ def _default_text(flag: Flag, value: Any) -> str:
     if flag.kind.base is bool:
         return str(int(value))
     if flag.kind.many:
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "empty"
     return format_number(value) if isinstance(value, float) else str(value) or "empty"
 
 

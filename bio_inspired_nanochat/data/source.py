@@ -34,7 +34,7 @@ class DataSource:
     quarantined: tuple[str, ...] = ()
 
     def parts(self, split: str) -> tuple[ShardPart, ...]:
-        """The parts of a split, `train` or `val`."""
+        """The parts of a split, `train` or `val`. Raises UserError for another name."""
         if split not in ("train", "val"):
             raise UserError(f"split={split!r} is not valid: one of train, val")
         return self.train_paths if split == "train" else (self.val_path,)
@@ -86,7 +86,7 @@ def resolve_data(data_dir: str | Path | None = None, dataset: str | None = None)
 
 
 def open_corpus(folder: Path) -> DataSource:
-    """Check the shards of a folder; see `resolve_data`."""
+    """Check the shards of a folder; see `resolve_data`. Raises UserError when a split is left with nothing to read."""
     paths = list_shards(folder)
     opened: list[ShardPart] = []
     quarantined: list[str] = []

@@ -15,7 +15,6 @@ from bio_inspired_nanochat.engine.generation import (
     load,
     next_tokens,
     source_path,
-    stream_text,
 )
 from bio_inspired_nanochat.engine.reply import Piece, Reply, ReplyOptions
 from bio_inspired_nanochat.engine.session import ChatSession, Turn
@@ -45,7 +44,6 @@ __all__ = [
     "render",
     "source_path",
     "stop_ids",
-    "stream_text",
     "style_of",
     "transcript",
 ]

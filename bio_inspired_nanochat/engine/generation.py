@@ -8,7 +8,7 @@ When the context is full, generation stops and says so (`finish == "context"`); 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -
     """Draw one token per row. logits: [B,V]; uniforms: B numbers in [0, 1), one per row (not read at temperature 0).
 
     Inverse transform sampling over the tokens sorted by probability, in float64 on the CPU: the same uniform number picks
-    the same token on every device. Ties are ordered by token id.
+    the same token on every device. Ties are ordered by token id. Raises UserError for logits that are not finite.
     """
     logits = logits.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(logits).any(dim=-1).all()) or bool(torch.isnan(logits).any()):
@@ -279,16 +279,6 @@ def generate(
     for (token,) in generate_batch(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, stop_ids, graph):
         if token is not None:
             yield token
-
-
-def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text pieces of a token stream; bytes of an unfinished UTF-8 character wait until it is complete."""
-    decoder = tokenizer.stream_decoder()
-    for token in tokens:
-        if piece := decoder.push(token):
-            yield piece
-    if rest := decoder.flush():
-        yield rest
 
 
 def _checked_prompts(model: GPT, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

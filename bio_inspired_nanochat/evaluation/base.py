@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bio_inspired_nanochat.common import pick_device, say
 from bio_inspired_nanochat.config import knob, validate
 from bio_inspired_nanochat.data import DataSource, resolve_data
@@ -37,25 +39,25 @@ class BaseEvalConfig:
         validate(self)
 
 
+def opened(checkpoint: str | None, device: torch.device) -> tuple[Loaded, dict[str, Any]]:
+    """A checkpoint (None: the newest of all runs), and what a record says of it; says the same. Raises UserError for a missing one."""
+    loaded = load(checkpoint, device)
+    synapses, params = loaded.model.config.synapses, loaded.model.num_params()
+    say(f"checkpoint {loaded.path}: {'synaptic' if synapses else 'vanilla'}, {params:,} parameters")
+    return loaded, {"checkpoint": str(loaded.path), "step": loaded.step, "synapses": synapses, "params": params}
+
+
 def evaluate_base(config: BaseEvalConfig) -> dict[str, Any]:
     """Evaluate one checkpoint; returns the script's last line. Raises UserError for missing checkpoints and data."""
     began = time.perf_counter()
     device = pick_device(config.device)
-    loaded = load(config.checkpoint, device)
+    loaded, record = opened(config.checkpoint, device)
     model = loaded.model
-    say(f"checkpoint {loaded.path}: {'synaptic' if model.config.synapses else 'vanilla'}, {model.num_params():,} parameters")
     if config.zero_synapses and not model.gains():
         raise UserError(f"zero_synapses=1 needs a synaptic model: {loaded.path} has no synapses")
     source = text_source(config.data_dir, config.dataset, loaded.meta)
-    record: dict[str, Any] = {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "synapses": model.config.synapses,
-        "params": model.num_params(),
-        "split": config.split,
-    }
     found = _measure(config, loaded, source)
-    record |= {"val_bpb": found.bpb, "val_loss": found.nats_per_token, "tokens": found.tokens, "bytes": found.bytes}
+    record |= {"split": config.split, "val_bpb": found.bpb, "val_loss": found.nats_per_token, "tokens": found.tokens, "bytes": found.bytes}
     say(f"bits per byte {found.bpb:.4f}, {found.nats_per_token:.4f} nats per token on {found.tokens:,} tokens of {config.split} text")
     texts = samples(config, loaded)
     for text in texts:

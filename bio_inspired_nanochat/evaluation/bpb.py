@@ -24,7 +24,9 @@ from bio_inspired_nanochat.errors import UserError
 class Batches(Protocol):
     """What a loader must offer: [B,T] inputs and targets, StopIteration at the end."""
 
-    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next inputs and targets, [B, T] each, on the host; targets of -1 do not count. StopIteration when there are no more."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from bio_inspired_nanochat.tasks.phrases import VOCAB, batch, objective, train
 
 LEAST_CHANGE = 1e-3
 STEPS = 200
-MORE_STEPS = 20  # for a value whose parameters are new: what it does may show only once they are learned
+MORE_STEPS = 6  # for a value whose parameters are new: what it does may show only once they are learned
 PROBE = 9999  # the step whose batch is measured on; training never comes to it
 SIZES = {"sequence_len": 64, "vocab_size": VOCAB, "n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
 EXPERTS = {"num_experts": 4, "expert_ratio": 1}  # in every model, so that the mechanisms of experts have something to act on

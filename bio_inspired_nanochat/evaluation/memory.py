@@ -42,7 +42,7 @@ class MemoryScore:
 def measure(model: GPT, task: MemoryTask, rows: int = 512, seed: int = 0, batch: int = 128) -> MemoryScore:
     """Score a model on `rows` rows of `task.unseen()`, the same ones for every model on a device; `batch` at a time. Changes nothing.
 
-    The model is judged by its most likely token among all V.
+    The model is judged by its most likely token among all V. Raises UserError for no rows or an empty batch.
     """
     if rows < 1 or batch < 1:
         raise UserError(f"measure(rows={rows}, batch={batch}): both must be at least 1")
@@ -117,6 +117,7 @@ def engram_log_odds(
 
     start: from the state after first sessions [B] and the tokens of the second ones, the states in which those begin; by default
     `through_files`: an empty KV cache and the engrams, each saved to a file of its own (in `folder`, else a temporary one) and loaded.
+    Raises UserError for fewer than two names.
     """
     if names < 2:
         raise UserError(f"names={names}: at least 2, because each is compared with another's engram")

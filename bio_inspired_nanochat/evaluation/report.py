@@ -7,11 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from bio_inspired_nanochat.common import pick_device, say, table
+from bio_inspired_nanochat.common import pick_device, table
 from bio_inspired_nanochat.config import knob
-from bio_inspired_nanochat.engine import load
 from bio_inspired_nanochat.errors import UserError, nearest
-from bio_inspired_nanochat.evaluation.base import text_source
+from bio_inspired_nanochat.evaluation.base import opened, text_source
 from bio_inspired_nanochat.evaluation.setting import Amounts
 from bio_inspired_nanochat.evaluation.suite import EVALUATIONS, EvaluationSetting, evaluate_in_detail
 
@@ -64,9 +63,8 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, Any]:
     """Evaluate one checkpoint; returns the script's last line. Raises UserError for missing checkpoints and data."""
     began = time.perf_counter()
     device = pick_device(config.device)
-    loaded = load(config.checkpoint, device)
+    loaded, record = opened(config.checkpoint, device)
     model = loaded.model
-    say(f"checkpoint {loaded.path}: {'synaptic' if model.config.synapses else 'vanilla'}, {model.num_params():,} parameters")
     source = text_source(config.data_dir, config.dataset, loaded.meta)
     amounts = {field.name: getattr(config, field.name) for field in dataclasses.fields(Amounts)}
     setting = EvaluationSetting(tokenizer=loaded.tokenizer, source=source, device=device, **amounts)
@@ -78,13 +76,9 @@ def evaluate_suite(config: SuiteConfig) -> dict[str, Any]:
         for key, value in one.values.items():
             better = "reference" if metrics[key].reference else metrics[key].better
             if value is not None:
-                rows.append([f"{name}.{key}", value, metrics[key].unit or "-", better])
-    table(("metric", "value", "unit", "better"), rows)
-    return {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "synapses": model.config.synapses,
-        "params": model.num_params(),
+                rows.append([f"{name}.{key}", value, metrics[key].unit or "-", better, metrics[key].meaning])
+    table(("metric", "value", "unit", "better", "meaning"), rows)
+    return record | {
         "metrics": {f"{name}.{key}": value for name, one in found.items() for key, value in one.values.items()},
         "details": {name: dict(one.details) for name, one in found.items()},
         "notices": [notice for one in found.values() for notice in one.notices],

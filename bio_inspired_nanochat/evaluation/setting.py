@@ -31,7 +31,7 @@ class Metric:
     name: str
     unit: str
     better: Literal["lower", "higher"]
-    help: str
+    meaning: str
     reference: bool = False
 
 

@@ -97,7 +97,10 @@ def evaluate(model: GPT, names: Sequence[str], setting: EvaluationSetting) -> di
 
 
 def evaluate_in_detail(model: GPT, names: Sequence[str], setting: EvaluationSetting) -> dict[str, Found]:
-    """Like `evaluate`, with what each evaluation found beyond its metrics, in the order of `names`."""
+    """Like `evaluate`, with what each evaluation found beyond its metrics, in the order of `names`.
+
+    Raises UserError for an unknown name.
+    """
     for name in names:
         if name not in EVALUATIONS:
             raise UserError(f"evaluation {name!r} does not exist: one of {', '.join(EVALUATIONS)}{nearest(name, EVALUATIONS)}")

@@ -120,5 +120,5 @@ def _monte_carlo(model: GPT, idx: Tensor, targets: Tensor, rows: Tensor, setting
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension."""
+    """Entropy in nats of distributions [..., V]: [...]."""
     return -torch.special.xlogy(probabilities, probabilities).sum(-1)

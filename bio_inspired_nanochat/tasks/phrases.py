@@ -30,7 +30,7 @@ def batch(step: int, rows: int = 8, length: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def objective(model: GPT, step: int) -> Tensor:
-    """What training minimises on the batch of a step, with everything that acts in training only."""
+    """What training minimises on the batch of a step, in nats per token, with everything that acts in training only."""
     device = model.embed.weight.device
     idx, targets = (tokens.to(device) for tokens in batch(step))
     return model(idx, targets, noise_seed=step)

@@ -79,10 +79,10 @@ _SIGNS = {"+": ("plus", "+"), "-": ("minus", "-"), "*": ("times", "*")}
 _SUMS = ("What is {}?", "How much is {}?", "Calculate {}.", "{}?", "Please work out {}.")
 
 
-def _called(asked: str, expression: str, key: str, said: str = "{}") -> Question:
+def _called(asked: str, expression: str, key: str) -> Question:
     result = calculate(expression)
     assert result is not None, expression
-    return Question(asked, (Part(CALL, expression), Part(RESULT, result), Part(TEXT, said.format(result))), key=key)
+    return Question(asked, (Part(CALL, expression), Part(RESULT, result), Part(TEXT, result)), key=key)
 
 
 def _arithmetic(rng: random.Random) -> Question:

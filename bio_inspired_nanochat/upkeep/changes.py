@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.git import git
 
 PACKAGE = "bio_inspired_nanochat"
 BASES = ("main", "origin/main", "master", "origin/master")
@@ -33,26 +33,14 @@ _FOLDERS = {
 }
 
 
-def git(root: Path, *words: str) -> str:
-    """Standard output of a git command in a folder. UserError with git's own words when it fails."""
-    try:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False, timeout=120)
-    except FileNotFoundError:
-        raise UserError("git is not on PATH: install git (on Debian: apt install git)") from None
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"git {' '.join(words[:3])} failed: {said}")
-    return done.stdout
-
-
-def repository(folder: Path) -> Path:
-    """The root of the git working tree that a folder is in. UserError outside of one."""
+def repository(folder: Path, otherwise: str = "") -> Path:
+    """The root of the git working tree that a folder is in. UserError outside of one, which says what could be done `otherwise`."""
     try:
         return Path(git(folder, "rev-parse", "--show-toplevel").strip())
     except UserError as error:
         if "not on PATH" in str(error):
             raise
-        raise UserError(f"{folder} is not inside a git working tree ({error}): run this in a clone, or use --mode=all") from None
+        raise UserError(f"{folder} is not inside a git working tree ({error}): run this in a clone{otherwise}") from None
 
 
 def project(folder: Path) -> Path:

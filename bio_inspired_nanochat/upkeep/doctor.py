@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bio_inspired_nanochat import __version__
-from bio_inspired_nanochat.upkeep import changes
+from bio_inspired_nanochat.git import source_revision
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = "bio-inspired-nanochat"
@@ -114,7 +114,7 @@ def _safely(look: Callable[[], Section]) -> Section:
 
 
 def _system() -> Section:
-    found: Section = {"package": __version__ + _revision()}
+    found: Section = {"package": f"{__version__}, revision {source_revision() or 'unknown'}"}
     found["Python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     found["system"] = (
         f"{platform.system()} {platform.release()}, {platform.machine()}, {platform.libc_ver()[0] or 'libc'} {platform.libc_ver()[1]}".strip()
@@ -127,16 +127,6 @@ def _system() -> Section:
     if sys.version_info[:2] > _NEWEST_TESTED:
         found["notice"] = "this Python is newer than the ones that the pinned packages were tried with"
     return found
-
-
-def _revision() -> str:
-    if not (ROOT / ".git").exists():
-        return ", installed"
-    try:
-        changed = " with changes" if changes.git(ROOT, "status", "--porcelain", "--untracked-files=no").strip() else ""
-        return f", revision {changes.git(ROOT, 'rev-parse', '--short', 'HEAD').strip()}{changed}"
-    except ValueError as error:
-        return f", revision unknown ({error})"
 
 
 def _storage() -> Section:

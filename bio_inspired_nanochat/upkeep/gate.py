@@ -41,7 +41,7 @@ class GateConfig:
     )
     base: str | None = knob(None, "revision that a branch is compared with; auto is main, origin/main, master or origin/master")
     skip: tuple[str, ...] = knob((), f"checks to leave out, separated by commas: {', '.join(CHECKS)}")
-    minutes: float = knob(20.0, "longest time for one check", lo=0.1, hi=600.0)
+    minutes: float = knob(20.0, "longest time for one check", lo=0.1, hi=600.0, unit="minutes")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -106,7 +106,7 @@ def _scope(config: GateConfig, folder: Path) -> tuple[Path, list[str] | None]:
     """The root, and the paths that changed, or None for everything."""
     if config.mode == "all":
         return changes.project(folder), None
-    root = changes.repository(folder)
+    root = changes.repository(folder, ", or use --mode=all")
     changes.project(root)
     if config.mode == "staged":
         changed = changes.staged(root)
@@ -150,7 +150,7 @@ def _rust_check(name: str, root: Path, changed: list[str] | None) -> Check | str
         return "no Rust workspace here"
     if name == "rustfmt":
         return Check(name, ("cargo", "fmt", "--check"), "Rust sources", "cargo-fmt", _RUSTUP.format("rustfmt"))
-    command = ("cargo", "clippy", "--quiet", "--all-targets", "--features", "python", "--", "-D", "warnings")
+    command = ("cargo", "clippy", "--quiet", "--release", "--all-targets", "--features", "python", "--", "-D", "warnings")
     return Check(name, command, "Rust sources", "cargo-clippy", _RUSTUP.format("clippy"))
 
 

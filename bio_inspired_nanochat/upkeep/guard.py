@@ -22,6 +22,7 @@ from typing import Any
 from bio_inspired_nanochat.common import progress, say, table
 from bio_inspired_nanochat.config import knob, validate
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.git import git
 from bio_inspired_nanochat.upkeep import changes
 
 # Fields of the benchmarks' records that compare one thing with another in one run, so that the machine's mood cancels; +1: less is better.
@@ -49,7 +50,7 @@ class GuardConfig:
     rounds: int = knob(5, "runs of each side", lo=3, hi=200)
     tolerance: float = knob(5.0, "worsening of a median that is let pass", lo=0.0, hi=1000.0, unit="percent")
     certainty: float = knob(0.9, "share of bootstrap resamples whose median must be beyond the tolerance", lo=0.5, hi=1.0)
-    minutes: float = knob(20.0, "longest time for one run of a benchmark", lo=0.05, hi=600.0)
+    minutes: float = knob(20.0, "longest time for one run of a benchmark", lo=0.05, hi=600.0, unit="minutes")
     seed: int = knob(0, "seed of the resampling", lo=0, hi=(1 << 31) - 1)
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class GuardConfig:
         self.commands()
 
     def commands(self) -> list[list[str]]:
-        """The benchmarks as words, `scripts.` left out."""
+        """The benchmarks as words, `scripts.` left out. Raises UserError for what is no command."""
         try:
             split = [shlex.split(part) for part in self.run.split(";")]
         except ValueError as error:
@@ -129,23 +130,26 @@ def guard(config: GuardConfig, folder: Path | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def checkout(root: Path, revision: str) -> Iterator[tuple[Path, str]]:
-    """A revision as a working tree in a temporary folder, and its commit. Removed at the end, also after Ctrl-C or SIGTERM."""
+    """A revision as a working tree in a temporary folder, and its commit. Removed at the end, also after Ctrl-C or SIGTERM.
+
+    Raises UserError for an unknown revision.
+    """
     try:
-        commit = changes.git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
+        commit = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
     except UserError:
         raise UserError(f"against={revision!r} is no revision of {root}: name a commit, tag or branch") from None
     temporary = Path(tempfile.mkdtemp(prefix="bench-guard-"))
     place = temporary / "old"
     with _ended_by_signals():
         try:
-            changes.git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", "--quiet", str(place), commit)
+            git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", "--quiet", str(place), commit)
             yield place, commit
         finally:
             with contextlib.suppress(UserError):
-                changes.git(root, "worktree", "remove", "--force", str(place))
+                git(root, "worktree", "remove", "--force", str(place))
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(UserError):
-                changes.git(root, "worktree", "prune")
+                git(root, "worktree", "prune")
 
 
 @contextlib.contextmanager
@@ -175,7 +179,7 @@ def _share_extension(root: Path, old: Path, commit: str, seconds: float) -> None
     if not built:
         return
     source = built[0]
-    if changes.git(root, "diff", "--name-only", commit, "--", *RUST_SOURCES).strip():
+    if git(root, "diff", "--name-only", commit, "--", *RUST_SOURCES).strip():
         say("the Rust sources differ: building the extension of the revision (a minute or two)")
         source = _build(old, seconds)
     shutil.copy2(source, old / changes.PACKAGE / built[0].name)

@@ -53,7 +53,7 @@ class BenchApiConfig:
     source: str = knob("base", "base: the newest that base_train wrote; sft: the newest fine-tuned one; or the path of a checkpoint")
     tokens: int = knob(128, "length of an answer, less where the model ends it itself", lo=2, hi=1 << 16, unit="tokens")
     clients: int = knob(8, "clients at the same time, for fairness", lo=2, hi=256)
-    seconds: float = knob(60.0, "time to measure for, at least three rounds", lo=0.0, hi=3600.0, unit="s")
+    seconds: float = knob(60.0, "time to measure for, at least three rounds", lo=0.0, hi=3600.0, unit="seconds")
     device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self) -> None:

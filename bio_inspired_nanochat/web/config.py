@@ -27,7 +27,7 @@ class WebConfig:
     max_body_kb: int = knob(1024, "largest body of a request", lo=1, hi=1 << 20, unit="KiB")
     max_memories: int = knob(256, "memories that are kept; the one unused for longest makes room", lo=1, hi=1 << 20)
     log_conversations: str | None = knob(None, "file that every answered request is appended to; - writes none", none="-")
-    seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="s")
+    seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="seconds")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -50,7 +50,7 @@ class DashboardConfig:
     allowed_hosts: str = knob("", "further names of this server in the Host header, separated by commas")
     device: str = knob("cpu", "where the state inspector runs the model", choices=("auto", "cpu", "cuda", "mps"))
     max_body_kb: int = knob(64, "largest body of a request", lo=1, hi=1 << 20, unit="KiB")
-    seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="s")
+    seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="seconds")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -61,13 +61,24 @@ class Access(Protocol):
     """What the guard of a server needs to know of its configuration; both configs here have it."""
 
     @property
-    def host(self) -> str: ...
+    def host(self) -> str:
+        """The address that the server listens on."""
+        ...
+
     @property
-    def api_key(self) -> str | None: ...
+    def api_key(self) -> str | None:
+        """The key that requests must bring, or None."""
+        ...
+
     @property
-    def allowed_hosts(self) -> str: ...
+    def allowed_hosts(self) -> str:
+        """Names that the Host header may have, with commas between."""
+        ...
+
     @property
-    def max_body_kb(self) -> int: ...
+    def max_body_kb(self) -> int:
+        """The largest body of a request in KiB."""
+        ...
 
 
 def check_access(host: str, api_key: str | None) -> None:

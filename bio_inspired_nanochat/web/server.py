@@ -29,6 +29,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """While it serves, SIGINT and SIGTERM ask it to stop and are not raised again afterwards; outside of the main thread nothing is caught."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +24,7 @@ from bio_inspired_nanochat.config import (
     parse_with_given,
     validate,
 )
+from bio_inspired_nanochat.config.knobs import format_number
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error
 
 
@@ -220,9 +221,49 @@ def test_help_names_every_flag_with_bounds_unit_and_default(argv: list[str], cap
         "--synapses {0,1} synaptic attention (default: 0)",
         "--device {auto,cpu,cuda}",
         "--contexts INT,... context lengths (1 to 65536; default: 256,1024)",
-        "--syn_cfg.tau_rrp FLOAT vesicle refill",
+        "--syn_cfg.NAME=VALUE: constants of the synapses, ",
     ):
         assert text in page
+    assert "--syn_cfg.tau_rrp" not in page and page.startswith("usage: python -m scripts.run ")
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run(*argv)
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_a_nested_config_is_asked_for_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    inside, everything = shown(capsys, "--help=syn_cfg"), shown(capsys, "--help=all")
+    for page in (inside, everything):
+        assert "--syn_cfg.tau_rrp FLOAT vesicle refill" in page and "NAME=VALUE" not in page
+    assert "--depth INT the one dial" in everything and "--depth INT" not in inside
+    assert "did you mean 'syn_cfg'?" in complaint("--help=syn_cgf")
+
+
+def test_help_has_a_heading_per_section(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Sectioned(Run):
+        SECTIONS: ClassVar = {"depth": "model", "lr": "training"}
+
+    with pytest.raises(SystemExit):
+        parse(Sectioned, ["--help"], prog="x", description="x")
+    page = capsys.readouterr().out
+    places = [
+        page.index(text) for text in ("model options", "--depth INT", "--n_embd INT", "training options", "--lr FLOAT", "--note TEXT")
+    ]
+    assert places == sorted(places)
+
+
+def test_long_bounds_are_powers() -> None:
+    assert [format_number(value) for value in (1 << 20, 1 << 40, (1 << 63) - 1, 2.0**40, (1 << 40) + 2)] == [
+        "1048576",
+        "2^40",
+        "2^63 - 1",
+        "1099511627776",
+        "1099511627778",
+    ]
 
 
 def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from bio_inspired_nanochat.upkeep import doctor, probes
 from scripts import doctor as script
+from tests import standin
+from tests.kernels import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +34,7 @@ def test_the_report_has_every_part_and_ends_with_its_record(capsys: pytest.Captu
         return alone(name, arguments, timeout) if name == "triton" else json.loads(json.dumps(probes.PROBES[name](*arguments)))
 
     monkeypatch.setattr(doctor, "probe", probe)
+    monkeypatch.setattr(sys, "executable", standin.python(interpreter.LOADED, (interpreter.VARIABLE,)))
     script.main(["--depth=2", "--context=64"])
     *lines, last = capsys.readouterr().out.splitlines()
     record = json.loads(last)
