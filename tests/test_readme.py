@@ -28,7 +28,7 @@ from bio_inspired_nanochat.config import PRESETS
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.training.speedrun import VARIABLES
 from bio_inspired_nanochat.upkeep.guard import GuardConfig
-from tests import forked
+from tests import forked, standin
 from tests.readme_commands import MORE_STEPS, STEPS, TINY
 from tests.readme_tables import DOCS, GENERATED, RESULTS, ROOT, between, rounded, tree, with_tables
 from tests.test_architecture import LAYERS
@@ -83,7 +83,7 @@ class Session:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
         place = {"cwd": folder or self.folder, "env": environment | variables, "timeout": 240}
         if words[0] == sys.executable and self.records:
-            done = forked.run(words[1:], **place, preload=PRELOAD)
+            done = forked.run(words[1:], **place, preload=PRELOAD, python=standin.python(PRELOAD))
         else:
             done = subprocess.run(words, **place, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -297,13 +297,15 @@ def test_the_environment_variables_are_those_that_the_code_reads() -> None:
     assert set(_first_column("## Environment", _page())) == (read | set(VARIABLES.values())) - LAUNCHER
 
 
-def test_the_file_tree_exists_and_has_every_room_in_the_order_of_imports() -> None:
+def test_the_file_tree_exists_and_has_every_module_with_rooms_in_the_order_of_imports() -> None:
     paths = [path for path, _ in tree(between("tree", _page()))]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert [path for path in paths if path.endswith("/") != (ROOT / path).is_dir()] == []
     shown = [path.split("/")[1].removesuffix(".py") for path in paths if re.fullmatch(r"bio_inspired_nanochat/[^/]+/?", path)]
     rooms = {path.stem for path in PACKAGE.iterdir() if (path / "__init__.py").exists() or path.suffix == ".py"} - {"__init__"}
     assert shown == [room for room in LAYERS if room in rooms] and set(shown) == rooms
+    modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(modules - set(paths)) == [], "modules that the tree does not explain"
 
 
 def test_a_tree_line_gives_its_whole_path() -> None:
@@ -376,7 +378,7 @@ def test_the_figures_of_the_first_page_are_those_of_the_results() -> None:
 
 def test_flags_in_the_text_exist() -> None:
     known = "\n".join(path.read_text() for room in (PACKAGE, ROOT / "scripts") for path in room.rglob("*.py"))
-    flags = set(re.findall(r"`--(\w+)[=`]", _page()))
+    flags = set(re.findall(r"`--(\w+)[=`]", _page())) - {"help"}
     assert flags and [flag for flag in flags if not re.search(rf"^    {flag}: ", known, re.MULTILINE)] == []
 
 
