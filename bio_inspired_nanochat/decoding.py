@@ -24,7 +24,6 @@ from bio_inspired_nanochat.synaptic import (
     Place,
     SynapseState,
     SynapticCausalSelfAttention,
-    SynapticMoE,
     rotary,
 )
 
@@ -97,8 +96,6 @@ def graph_obstacle(model: GPT, state: SynapseState) -> str | None:
         return "it runs Triton kernels on CUDA (with TRITON_INTERPRET=1 also on the CPU)"
     if state.doc is not None:
         return "this model keeps documents apart"
-    if any(isinstance(block.mlp, SynapticMoE) for block in model.blocks):
-        return "this model has experts"
     from bio_inspired_nanochat.kernels import decode_triton  # imported late: a machine without Triton never gets here
 
     for block, layer in zip(model.blocks, state.layers, strict=True):

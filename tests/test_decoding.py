@@ -7,18 +7,21 @@ import torch
 
 from bio_inspired_nanochat.benchmarks.decoding import Decoding
 from bio_inspired_nanochat.config import SynapticConfig
-from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
+from bio_inspired_nanochat.decoding import GraphDecoder, _Reader, _Token, graph_obstacle
 from bio_inspired_nanochat.engine import generate_batch
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.registry import MECHANISMS, config_with
 from tests import contract
-from tests.contract import make_ids, make_model
+from tests.contract import EXPERTS, make_ids, make_model
 from tests.kernels.interpreter import run_interpreted
+from tests.phantom import NoCopies, phantom_gpu
 
 TICK = 3
 PROMPT, LENGTH = 5, 12  # a tick is open at the first token; three ticks end
 contract.SYNAPSES["parts"] = dataclasses.replace(
     SynapticConfig.preset("full"), lateral_strength=0.0, barrier="linear", barrier_strength=0.5, drive="softplus"
 )
+contract.SYNAPSES["colony"] = config_with(*[name for name, mechanism in MECHANISMS.items() if mechanism.experts])
 CASES = {
     "vanilla": ("vanilla", {"sequence_len": 24, "window_pattern": "SL"}),
     "default": ("default", {"n_kv_head": 2, "n_layer": 1}),
@@ -27,6 +30,8 @@ CASES = {
     "parts": ("parts", {"n_layer": 1}),
     "fast weights": ("all_fast", {"n_layer": 1}),
     "latch": ("camkii_latch", {"n_layer": 1}),
+    "plain experts": ("vanilla", {"n_layer": 1, **EXPERTS}),
+    "experts": ("colony", {"n_layer": 1, **EXPERTS}),
 }
 
 
@@ -159,6 +164,26 @@ def test_without_triton_the_reason_is_given():
     model = make_model("default")
     with pytest.raises(UserError, match=r"Triton.*use model.step"):
         GraphDecoder(model, model.init_state(1, 8))
+
+
+class Standing(_Token):
+    """A token whose attention, which is a Triton kernel, is left out."""
+
+    def attend(self, layer, x, q, k, v, state):
+        return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("case", ["default", "plain experts", "experts"])
+def test_a_step_neither_waits_for_the_host_nor_copies_from_it(case):
+    """What a graph cannot hold. Fast weights, Triton kernels themselves, would be launched."""
+    model = model_of(case)
+    with phantom_gpu(model):
+        reader = _Reader(model, torch.bfloat16)
+        layers = model.set_compute_dtype(torch.bfloat16).init_state(2, LENGTH).layers
+        idx = torch.zeros(2, 1, dtype=torch.long, device="cuda")
+        with NoCopies(), torch.no_grad():
+            logits = reader.read(idx, Standing(idx - 1, [], True), layers)
+        assert logits.device.type == "cuda" and logits.shape == (2, model.config.vocab_size)
 
 
 def test_a_foreign_state_is_refused():

@@ -47,6 +47,8 @@ class BenchDecodeConfig:
     n_embd: int | None = knob(None, "width; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
     head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
     vocab_size: int | None = knob(None, "token ids; auto is 8192 on CUDA, 512 elsewhere", lo=2, hi=1 << 20)
+    num_experts: int = knob(0, "experts beside every MLP, in both models; 0 has none", lo=0, hi=4096, off=0)
+    moe_top_k: int = knob(2, "experts that a token visits", lo=1, hi=64)
     context: tuple[int, ...] | None = knob(
         None, "tokens of the prompt; auto is 512,1024,2048,4096,8192 on CUDA, 32,64 elsewhere", lo=1, hi=1 << 20, unit="tokens"
     )
@@ -195,7 +197,13 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     say_skipped((f"context {size.context}, batch {size.batch}", size.skipped) for size in sizes if size.courses is None)
     model = models[1].config
     record = where | _headline(sizes) | {"depth": model.n_layer, "n_embd": model.n_embd, "head_dim": model.head_dim, "tick": tick}
-    record |= {"syn_preset": config.syn_preset, "backend": config.backend, "graph": graph, "new_tokens": new_tokens}
+    record |= {
+        "syn_preset": config.syn_preset,
+        "num_experts": config.num_experts,
+        "backend": config.backend,
+        "graph": graph,
+        "new_tokens": new_tokens,
+    }
     record |= {"rows": [row for size in sizes for row in size.records()]}
     keep_record(config.json, record)
     return record
@@ -210,6 +218,8 @@ def _models(config: BenchDecodeConfig, device: torch.device, dtype: torch.dtype,
         sequence_len=length,
         vocab_size=config.vocab_size or (8192 if gpu else 512),
         backend=config.backend,
+        num_experts=config.num_experts,
+        moe_top_k=config.moe_top_k,
     )
     shapes = (shape, dataclasses.replace(shape, synapses=True, syn_cfg=config.syn_cfg))
     return [GPT(one, seed=config.seed).to(device).set_compute_dtype(dtype).eval() for one in shapes]

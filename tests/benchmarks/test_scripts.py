@@ -137,6 +137,16 @@ def test_decoding_is_compared_at_the_largest_context_with_the_smallest_batch(cap
     assert [float(row["step ms"]) for row in shown] == [row["step_ms"] for row in record["rows"]]
 
 
+def test_decoding_with_experts_is_compared_with_a_plain_mixture(capsys, monkeypatch):
+    from bio_inspired_nanochat.benchmarks import decoding
+
+    models, made = [], decoding._models
+    monkeypatch.setattr(decoding, "_models", lambda *args: models.extend(made(*args)) or models)
+    _, record = run(capsys, bench_decode, *DECODE, "--context=8", "--num_experts=4", "--moe_top_k=1")
+    assert record["num_experts"] == 4 and record["step_ratio"] > 0
+    assert [(model.config.synapses, model.config.num_experts, model.config.moe_top_k) for model in models] == [(False, 4, 1), (True, 4, 1)]
+
+
 def test_decoding_without_time_measures_one_size_and_says_so(capsys):
     lines, record = run(capsys, bench_decode, *DECODE, "--context=8,16")
     assert [row.get("skipped") for row in record["rows"]] == ["no time left: raise --seconds"] * 2 + [None] * 2

@@ -4,9 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from bio_inspired_nanochat.checkpoint import load_checkpoint
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
@@ -17,6 +15,7 @@ from bio_inspired_nanochat.training import gradients, loop, train
 from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
 from bio_inspired_nanochat.training.job import Objective
 from bio_inspired_nanochat.training.plan import make_plan
+from tests.phantom import NoCopies, phantom_gpu
 from tests.training.ranks import LIVING
 from tests.training.tiny import small
 
@@ -144,16 +143,6 @@ def test_a_recording_that_fails_leaves_ordinary_steps_and_one_notice(tmp_path, m
     assert capsys.readouterr().out.count("notice: steps are not replayed as a CUDA graph") == 1
 
 
-class NoCopies(TorchDispatchMode):
-    """Operations that move values between host and device raise."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        devices = {value.device.type for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)}
-        assert "copy" not in str(function) or len(devices) < 2, f"{function} copies between {devices}"
-        return out
-
-
 STEPS = {
     "vanilla": {},
     "default": {"synapses": True},
@@ -169,15 +158,9 @@ STEPS = {
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_step_on_cuda_neither_waits_for_the_host_nor_copies_from_it(kind):
-    """What a recording cannot hold. Tensors without data stand for those of the GPU: reading one raises."""
+    """What a recording cannot hold."""
     model = GPT(GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, **STEPS[kind]))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for values in (module._parameters, module._buffers):
-                for name, value in values.items():
-                    if value is not None:
-                        there = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-                        values[name] = torch.nn.Parameter(there) if isinstance(value, torch.nn.Parameter) else there
+    with phantom_gpu(model):
         idx, number = (torch.zeros(shape, dtype=torch.long, device="cuda") for shape in ((4, 64), ()))
         probes = Ledger(model).probes() if model.experts() else None
         objective = Objective(model.set_compute_dtype(torch.bfloat16))
