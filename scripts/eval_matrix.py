@@ -3,6 +3,7 @@
     python -m scripts.eval_matrix plan --sets=anchors,add_one --depths=6,10 --out=study/first
     python -m scripts.eval_matrix run --out=study/first --budget_minutes=240
     python -m scripts.eval_matrix resume --out=study/first
+    python -m scripts.eval_matrix speed --out=study/first --conditions=vanilla,default
     python -m scripts.eval_matrix report --out=study/first
 
 The plan fixes what is compared and by which rule before anything runs. The last line of stdout is a JSON record.
@@ -18,9 +19,10 @@ from bio_inspired_nanochat.errors import exit_on_user_error
 from bio_inspired_nanochat.study.plan import PlanConfig, make_matrix_plan
 from bio_inspired_nanochat.study.queue import ResumeConfig, RunConfig, run_queue
 from bio_inspired_nanochat.study.report import ReportConfig, report
+from bio_inspired_nanochat.study.speed import SpeedConfig, measure_speed
 
-COMMANDS = {"plan": PlanConfig, "run": RunConfig, "resume": ResumeConfig, "report": ReportConfig}
-WORK = {"plan": make_matrix_plan, "run": run_queue, "resume": run_queue, "report": report}
+COMMANDS = {"plan": PlanConfig, "run": RunConfig, "resume": ResumeConfig, "speed": SpeedConfig, "report": ReportConfig}
+WORK = {"plan": make_matrix_plan, "run": run_queue, "resume": run_queue, "speed": measure_speed, "report": report}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

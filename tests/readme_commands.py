@@ -119,6 +119,7 @@ TINY |= {
     },
     "scripts.eval_matrix run": {},
     "scripts.eval_matrix resume": {},
+    "scripts.eval_matrix speed": {"seconds": 0},
     "scripts.eval_matrix report": {},
 }
 

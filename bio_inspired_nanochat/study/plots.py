@@ -66,8 +66,8 @@ def draw_curves(curves: Mapping[tuple[int, str, int], Curve], depth: int, names:
         figure, panels = _figure(10.0, 4.0, 2)
         for axes, (view, label) in zip(panels, (("tokens", "tokens"), ("seconds", "seconds of training")), strict=True):
             for name in chosen:
-                own = [curve for (at, one, _), curve in curves.items() if (at, one) == (depth, name) and len(curve.loss) > 1]
-                if not own:
+                own = [curve for (at, one, _), curve in curves.items() if (at, one) == (depth, name) and len(getattr(curve, view)) > 1]
+                if not own:  # no time is known of runs that shared their device
                     continue
                 length = min(len(curve.loss) for curve in own)
                 spent = np.mean([getattr(curve, view)[:length] for curve in own], axis=0)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.study.job import OF_SPEED
 from bio_inspired_nanochat.study.plan import FEWEST_SEEDS, fewest_tokens
 from bio_inspired_nanochat.study.queue import read_attempts, read_record
+from bio_inspired_nanochat.study.speed import FILE, Speeds, read_speeds
 from bio_inspired_nanochat.study.views import VIEWS, Curve, meet
 
 DIVERGED = "training diverged"  # what a run says whose loss or weights are not finite, or jump (see `training.faults.diverged`)
@@ -88,17 +90,45 @@ def collect(folder: Path, plan: Mapping[str, Any]) -> Records:
         if record["key"] != run["key"] or record["data"] != plan["data"]:
             raise UserError(f"run {run['id']} was trained with other settings or text than the plan's: move its folder away and resume")
         done.append({**record, "conditions": run["conditions"]})
-    _count(found, done, smoke=plan["smoke"])
+    speeds = read_speeds(folder)
+    _count(found, done if speeds is None else [_timed(one, speeds) for one in done], smoke=plan["smoke"])
     for what in ("device", "git"):
         kinds = sorted({str(one[what]) for one in found.counted})
         if len(kinds) > 1:
             found.notices.append(f"the runs differ in {what}: {', '.join(kinds)}")
-    if shared := sum(one["shared"] for one in found.counted):
-        found.notices.append(f"{shared} runs shared their device with others: they take no part in what is said of time and memory")
+    if speeds is not None:
+        others = sorted({str(one["device"]) for one in found.counted} - {speeds.device})
+        found.notices.append(
+            f"times and memory are those that `eval_matrix speed` measured alone on {speeds.device} (git {speeds.git})"
+            + (f", while runs were done on {', '.join(others)}" if others else "")
+        )
+    if untimed := sum(one["metrics"].get("tok_per_s") is None for one in found.counted):
+        why = (
+            f"have no speed in {FILE}"
+            if speeds is not None
+            else "shared their device with others (`eval_matrix speed` measures them alone)"
+        )
+        found.notices.append(f"{untimed} runs {why}: they take no part in what is said of time and memory")
     kinds = sorted({str(one["versions"]) for one in found.counted})
     if len(kinds) > 1:
         found.notices.append(f"the runs differ in versions: {'; '.join(kinds)}")
     return found
+
+
+def _timed(record: dict[str, Any], speeds: Speeds) -> dict[str, Any]:
+    """A record with the times and memory of its condition measured alone, in place of those of the run; without them where there are none."""
+    by_name = speeds.found.get(record["depth"], {})
+    speed = next((by_name[name] for name in record["conditions"] if name in by_name), None)
+    if speed is None:
+        spent, seconds = dict.fromkeys(OF_SPEED), []
+    else:
+        spent = {
+            "tok_per_s": 1 / speed.seconds_per_token,
+            "peak_memory_gib": speed.gib,
+            "seconds": record["tokens"] * speed.seconds_per_token,
+        }
+        seconds = [tokens * speed.seconds_per_token for tokens in record["curve"]["tokens"]]
+    return {**record, "metrics": record["metrics"] | spent, "curve": record["curve"] | {"seconds": seconds}}
 
 
 def _count(found: Records, done: Iterable[dict[str, Any]], smoke: bool) -> None:

@@ -52,7 +52,9 @@ n = len(metrics) and 4
 loss = metrics["val_loss"]
 curve = {{"tokens": [run["tokens"] * i / 4 for i in (1, 2, 3, 4)], "loss": [loss + 3 - i for i in range(4)]}}
 curve["flops"] = [t * run["flops_per_token"] for t in curve["tokens"]]
-curve["seconds"] = [t / metrics["tok_per_s"] for t in curve["tokens"]]
+curve["seconds"] = [] if job["shared"] else [t / metrics["tok_per_s"] for t in curve["tokens"]]
+if job["shared"]:
+    metrics["tok_per_s"] = None
 names = ("id", "key", "conditions", "depth", "seed", "flops_per_token", "tokens")
 record = {{name: run[name] for name in names}} | {{"metrics": metrics, "curve": curve, "config": run["train"]}}
 record |= {{name: job[name] for name in ("digest", "smoke", "data", "shared")}}

@@ -15,6 +15,7 @@ from bio_inspired_nanochat.study.predictions import PREDICTIONS
 from bio_inspired_nanochat.study.queue import RunConfig, run_queue
 from bio_inspired_nanochat.study.report import ReportConfig, report
 from bio_inspired_nanochat.study.scorecard import KINDS, score
+from bio_inspired_nanochat.study.speed import Speed, Speeds, write_speeds
 from bio_inspired_nanochat.study.statistics import Rule
 from bio_inspired_nanochat.training.faults import Fault, diverged
 from tests.study.planned import HONEST, full, plan, pretend
@@ -147,9 +148,9 @@ def test_the_kernels_come_from_a_benchmark(tmp_path: Path) -> None:
 BIG = {"tokens": 8_000_000, "smoke": False, "sets": ("anchors",), "conditions": ("vanilla", "default", "all_on"), "seeds": (0, 1, 2, 3, 4)}
 
 
-def finished(folder: Path, **changes) -> dict:
+def finished(folder: Path, workers: int = 1, **changes) -> dict:
     plan(folder, **BIG | changes)
-    run_queue(RunConfig(out=str(folder), workers=3), pretend())
+    run_queue(RunConfig(out=str(folder), workers=workers), pretend())
     return report(ReportConfig(out=str(folder)))
 
 
@@ -167,6 +168,30 @@ def test_a_report_finds_what_was_planted(tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "report/scorecard.json").read_text())["scores"]
     assert {one["id"]: one["verdict"] for one in scores}["goal-clock"] == "failure"
     assert sum(path.stat().st_size for path in (tmp_path / "report").iterdir()) < 500_000
+
+
+def test_runs_that_shared_a_device_are_compared_in_time_once_their_speed_was_measured_alone(tmp_path: Path) -> None:
+    def view(**said) -> dict[str, str]:
+        rows = list(csv.DictReader((tmp_path / "report/comparisons.csv").open()))
+        return {row["what"]: row["verdict"] for row in rows if row["metric"] == "view.seconds"}
+
+    finished(tmp_path, workers=3)
+    text = (tmp_path / "report/report.md").read_text()
+    assert view() == {} and "15 runs shared their device with others" in text and list((tmp_path / "report").glob("curves-*.png"))
+    slow, fast = Speed(0.01, 2.0, (2.0, 1.9, 2.1)), Speed(0.005, 1.0, (1.0, 1.0, 1.0))
+    write_speeds(tmp_path, Speeds("another device", "abc", {2: {"vanilla": fast, "default": slow}}))
+    report(ReportConfig(out=str(tmp_path)))
+    text = (tmp_path / "report/report.md").read_text()
+    assert view() == {"the default preset": "higher"}, "all_on has no speed"
+    assert (
+        "measured alone on another device (git abc), while runs were done on pretended" in text
+        and "5 runs have no speed in speed.json" in text
+    )
+    runs = list(csv.DictReader((tmp_path / "report/runs.csv").open()))
+    assert {row["tok_per_s"] for row in runs if "default" in row["conditions"].split()} == {"100"}
+    (tmp_path / "speed.json").write_text("{")
+    with pytest.raises(UserError, match=r"speed\.json.*measure again"):
+        report(ReportConfig(out=str(tmp_path)))
 
 
 def test_small_runs_and_few_seeds_enter_no_table(tmp_path: Path) -> None:
