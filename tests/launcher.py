@@ -1,4 +1,4 @@
-"""Several processes started by torchrun, as a user starts them, and ended for certain."""
+"""Several processes started by torchrun, each out of one that has the packages loaded (`tests.standin`), and ended for certain."""
 
 from __future__ import annotations
 
