@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -48,6 +49,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return peak_by_name(torch.cuda.get_device_name(device))
+
+
+def crowded(device: torch.device) -> list[str]:
+    """A notice where threads of PyTorch would wait for cores that other work keeps busy, else nothing.
+
+    Threads meet after every product; one that has lost its core makes all others wait, ten times as long as all of them compute.
+    """
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or os.environ.get("OMP_NUM_THREADS") or not hasattr(os, "getloadavg"):
+        return []
+    load = os.getloadavg()[0]  # of the last minute, in which this process has begun
+    free = max(1, int(cores - load))
+    if load <= 1 or threads <= free:
+        return []
+    busy = f"other work keeps {load:.1f} of {cores} cores busy, and {threads} threads would wait for each other"
+    return [f"notice: {busy}: OMP_NUM_THREADS={free} before the command may be several times as fast"]
 
 
 def peak_by_name(name: str) -> float | None:

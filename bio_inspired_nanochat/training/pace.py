@@ -18,7 +18,7 @@ from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
-from bio_inspired_nanochat.training.hardware import GIB, static_bytes
+from bio_inspired_nanochat.training.hardware import GIB, crowded, static_bytes
 from bio_inspired_nanochat.training.job import Objective
 from bio_inspired_nanochat.training.parallel import Engine, shard
 from bio_inspired_nanochat.training.plan import Plan
@@ -122,7 +122,7 @@ def _measure(plan: Plan, device: torch.device, seconds: float, choose_threads: b
     rehearsal = Rehearsal(plan, device)
     model, step, idx, targets = rehearsal.model, rehearsal.step, rehearsal.idx, rehearsal.targets
     first, _ = _timed(step, device, _WARM_STEPS.get(device.type, 1), math.inf)
-    if choose_threads and first < 2 * seconds:
+    if choose_threads and (first < 2 * seconds or crowded(device)):
         _choose_threads(step, device)
     training, steps = _timed(step, device, 50, seconds)
     with evaluating(model):

@@ -28,7 +28,7 @@ from bio_inspired_nanochat.training import faults, guards
 from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
 from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults
 from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
-from bio_inspired_nanochat.training.hardware import fitting_rows, peak_memory_gib, total_memory
+from bio_inspired_nanochat.training.hardware import crowded, fitting_rows, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.job import Job
 from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Generators, Progress
@@ -80,7 +80,7 @@ def prepare(config: TrainConfig, device: torch.device, rank: Rank, given: set[st
     folders: Folders = broadcast(on_rank0(lambda: take_folders(plan.config, name, resume)))
     plan = dataclasses.replace(plan, config=named(plan.config, folders))
     if saved is None:
-        for line in plan.describe():
+        for line in (*plan.describe(), *crowded(device)):
             say(line)
     _say_inert(plan, given)
     on_rank0(lambda: check_memory(plan, device))

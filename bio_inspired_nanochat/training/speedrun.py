@@ -220,7 +220,9 @@ def measure_both(plans: list[Plan], device: torch.device, minutes: float) -> tup
     seconds = min(10.0, max(0.5, 0.015 * 60 * minutes))
     while True:
         try:
-            return plans, [measure(plan, device, seconds, choose_threads=plan is plans[0]) for plan in plans]
+            # the last, synaptic model has the most and the smallest products, which suffer most from threads that wait for a core
+            paces = [measure(plan, device, seconds, choose_threads=plan is plans[-1]) for plan in reversed(plans)]
+            return plans, paces[::-1]
         except torch.OutOfMemoryError:
             rows = plans[0].rows // 2
             if rows == 0:

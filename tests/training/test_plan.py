@@ -6,7 +6,7 @@ import torch
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, from_dict, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, dry_run, print_config
-from bio_inspired_nanochat.training.hardware import bytes_per_row, peak_by_name
+from bio_inspired_nanochat.training.hardware import bytes_per_row, crowded, peak_by_name
 from bio_inspired_nanochat.training.plan import OPERATIONAL, given_fields, inherit, make_plan
 from tests.training.tiny import SMALL
 
@@ -150,3 +150,19 @@ def test_how_processes_share_a_model_is_not_inherited():
 def test_freeing_parameters_needs_divided_ones():
     with pytest.raises(UserError, match="add --parallel=fsdp"):
         TrainConfig(reshard=True)
+
+
+def test_a_machine_that_is_busy_is_told_about_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for load, fewer in ((0.9, None), (1.5, 2), (3.7, 1), (40.0, 1)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        found = crowded(CPU)
+        assert not found if fewer is None else "of 4 cores busy" in found[0] and f"OMP_NUM_THREADS={fewer} " in found[0]
+    assert crowded(torch.device("cuda")) == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert crowded(CPU) == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert crowded(CPU) == [], "who has said how many threads there are knows"

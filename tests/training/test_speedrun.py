@@ -22,8 +22,10 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.training import Callback, speedrun
 from bio_inspired_nanochat.training.lesson import seconds_for
 from bio_inspired_nanochat.training.pace import FEWEST_STEPS, Pace, make_budget
+from bio_inspired_nanochat.training.plan import make_plan
 from bio_inspired_nanochat.training.rounds import FEW_ROUNDS, ROUNDS
 from scripts.speedrun import main
+from tests.training.tiny import small
 
 TINY = ["--depth=2", "--n_embd=32", "--max_seq_len=32", "--vocab_size=300", "--batch_size=4", "--minutes=2", "--device=cpu"]
 STEPS = 12
@@ -170,6 +172,20 @@ def test_budget_fits_both_trainings_and_all_evaluations() -> None:
     evaluation = budget.eval_tokens * (len(ROUNDS) * 3e-4 + 1e-4 + 2 * 2e-4)
     assert 0.75 * 545 < budget.steps * 1.3 + evaluation < 0.95 * 545 and evaluation < 0.13 * 545
     assert budget.steps * 1.3 < budget.seconds < 545 and budget.eval_tokens % 1024 == 0
+
+
+def test_threads_are_chosen_for_the_model_with_the_smaller_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other work takes a core, a synaptic step may take ten times as long on all threads, a vanilla one hardly longer."""
+    asked = []
+
+    def measure(plan, device, seconds, choose_threads):
+        asked.append((plan.model.synapses, choose_threads))
+        return Pace(1.0 + plan.model.synapses, 1.0, 1.0)
+
+    monkeypatch.setattr(speedrun, "measure", measure)
+    plans = [make_plan(small(Path(), synapses=synapses), torch.device("cpu"), 1) for synapses in (False, True)]
+    _, paces = speedrun.measure_both(plans, torch.device("cpu"), 10.0)
+    assert asked == [(True, True), (False, False)] and [pace.step for pace in paces] == [1.0, 2.0]
 
 
 def test_budget_never_exceeds_the_wanted_steps_and_the_text_there_is() -> None:
