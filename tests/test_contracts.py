@@ -207,6 +207,7 @@ def test_state_copies_and_files_continue_the_same(synapses, model, tmp_path):
     state.save(tmp_path / "state.safetensors")
     copies = [state.clone(), SynapseState.load(tmp_path / "state.safetensors"), state.select([0, 1])]
     copies.append(SynapseState.cat([state.select([0]), state.select([1])]))
+    copies.append(net.init_state(2, 40).copy_(copies[1]))
     want = net.step(ids[:, 21:], state)
     for copy in copies:
         assert torch.equal(net.step(ids[:, 21:], copy), want)

@@ -261,13 +261,16 @@ class SynapseState:
         """Take over the contents of a state of the same layout and batch size, in place. Raises UserError for another one."""
         if not _same_layout(self, other) or self.batch_size != other.batch_size:
             raise UserError("a state can only take over one of the same model, max_len and batch size")
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs)
+        theirs = other._tensors()
+        for name, mine in self._tensors().items():  # by name: a file keeps its tensors in another order
+            mine.copy_(theirs[name])
         return self
 
-    def _tensors(self) -> list[Tensor]:
-        own = [value for value in (self.pos, self.doc, self.noise_key) if value is not None]
-        return own + [value for layer in self.layers for value in layer.tensors().values()]
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors by the name that they have in a file."""
+        own = {"pos": self.pos, "doc": self.doc, "noise_key": self.noise_key}
+        named = {f"layers.{index}.{name}": value for index, layer in enumerate(self.layers) for name, value in layer.tensors().items()}
+        return {name: value for name, value in own.items() if value is not None} | named
 
     def select(self, rows: list[int] | Tensor) -> SynapseState:
         """A copy with the given rows, in that order; a row may be taken several times. Raises UserError for a row that it does not have."""
@@ -295,12 +298,8 @@ class SynapseState:
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file."""
-        tensors = {"pos": self.pos, "doc": self.doc, "noise_key": self.noise_key}
-        tensors = {name: value for name, value in tensors.items() if value is not None}
-        for index, layer in enumerate(self.layers):
-            tensors |= {f"layers.{index}.{name}": value for name, value in layer.tensors().items()}
         meta = {"format": FORMAT, "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, str(path), metadata=meta)
+        save_file({name: value.contiguous().cpu() for name, value in self._tensors().items()}, str(path), metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SynapseState:
