@@ -153,9 +153,14 @@ class GPT(nn.Module):
         """Document id per position [B, T] (the number of BOS tokens read so far), when documents are kept apart."""
         return (idx == self.config.bos_token_id).cumsum(1) if self.config.doc_mask else None
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the activations: the compute dtype over float32 parameters, else that of the parameters."""
+        own = self.embed.weight.dtype
+        return self.compute_dtype if own == torch.float32 else own
+
     def _embed(self, idx: Tensor) -> Tensor:
-        dtype = self.compute_dtype if self.embed.weight.dtype == torch.float32 else self.embed.weight.dtype
-        return rms_norm(self.embed(idx).to(dtype))
+        return rms_norm(self.embed(idx).to(self._dtype))
 
     def _scales(self) -> list[Tensor]:
         """Per layer the factors [2] of the residual stream and of x0."""
@@ -326,8 +331,8 @@ class GPT(nn.Module):
         """
         if batch_size < 1 or max_len < 1:
             raise UserError(f"init_state(batch_size={batch_size}, max_len={max_len}): both must be at least 1")
-        device, dtype = self.embed.weight.device, self._embed(torch.zeros(1, 1, dtype=torch.long, device=self.embed.weight.device)).dtype
-        layers = [block.init_state(batch_size, max_len, device, dtype) for block in self.blocks]
+        device = self.embed.weight.device
+        layers = [block.init_state(batch_size, max_len, device, self._dtype) for block in self.blocks]
         doc = torch.zeros(batch_size, max_len, dtype=torch.long, device=device) if self.config.doc_mask else None
         noise = self._noise(torch.empty(batch_size, 0, device=device), noise_seed, sequence_ids)
         key = None if noise is None else torch.stack([word.flatten() for word in noise.key], dim=1)
@@ -374,10 +379,13 @@ class GPT(nn.Module):
     def _check_step(self, idx: Tensor, state: SynapseState, starts: list[int], counts: list[int]) -> None:
         if idx.shape[0] != state.batch_size or len(counts) != state.batch_size:
             raise UserError(f"a chunk of {idx.shape[0]} rows does not fit a state of {state.batch_size} sequences")
-        layout = (self.config.n_kv_head, state.max_len, self.config.head_dim)
-        fits = len(state.layers) == len(self.blocks) and state.layers[0].k.shape[1:] == layout
-        if not fits or not self.blocks[0].fits(state.layers[0]):
+        k = state.layers[0].k  # layers of one state are alike
+        fits = len(state.layers) == len(self.blocks) and (state.doc is not None) == self.config.doc_mask
+        if not fits or k.shape[2] != state.max_len or not self.blocks[0].fits(state.layers[0]):
             raise UserError("this state belongs to another model: make one with model.init_state")
+        if (k.dtype, k.device) != (self._dtype, device := self.embed.weight.device):
+            where = f"{k.dtype} on {k.device}, the model in {self._dtype} on {device}"
+            raise UserError(f"this state is in {where}: make one with model.init_state, or read its file with load(path, device)")
         for row, (begin, count) in enumerate(zip(starts, counts, strict=True)):
             if not 1 <= count <= idx.shape[1]:
                 raise UserError(f"lengths[{row}]={count} is out of bounds [1, {idx.shape[1]}]")

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bio_inspired_nanochat import kernels
@@ -14,7 +15,7 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms
 from bio_inspired_nanochat.synaptic import SynapseState
-from tests.contract import BACKENDS, MODELS, SIZES, SYNAPSES, make_ids, make_model, needed_by
+from tests.contract import BACKENDS, EXPERTS, MODELS, SIZES, SYNAPSES, make_ids, make_model, needed_by
 
 ALL = [(synapses, "plain") for synapses in SYNAPSES]
 ALL += [(synapses, model) for synapses in ("default", "all", "all_hebb") for model in MODELS if model != "plain"]
@@ -188,6 +189,20 @@ def test_ragged_rows_equal_each_row_alone(synapses, model):
             assert_near(logits[row, :count], alone[row][begin[row] : begin[row] + count])
 
 
+@pytest.mark.parametrize("synapses", ["default", "all", "all_hebb"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_padding_that_sees_no_key_changes_nothing(synapses, backend):
+    """Behind a window of two tokens most of the padding attends to nothing at all, and is not a number."""
+    net, ids = make_model(synapses, sequence_len=8, window_pattern="SL", backend=backend, **EXPERTS), make_ids(length=18)
+    state = net.init_state(2, 18)
+    for counts in ([1, 9], [9, 1]):
+        begin = state.pos.tolist()
+        chunk = torch.stack([ids[row].roll(-begin[row])[:9] for row in range(2)])
+        logits = net.step(chunk, state, counts)
+    assert_near(logits[0], net(ids[:1, :10])[0, 1:])
+    assert_near(net.step(ids[:, 10:], state), net(ids)[:, 10:])
+
+
 @pytest.mark.parametrize("synapses", ["default", "lateral", "all", "all_hebb", "all_fast"])
 def test_packed_documents_equal_each_document_alone(synapses):
     """With doc_mask a document in a packed row computes what it computes alone, started at the same offset modulo c."""
@@ -207,6 +222,7 @@ def test_state_copies_and_files_continue_the_same(synapses, model, tmp_path):
     state.save(tmp_path / "state.safetensors")
     copies = [state.clone(), SynapseState.load(tmp_path / "state.safetensors"), state.select([0, 1])]
     copies.append(SynapseState.cat([state.select([0]), state.select([1])]))
+    copies.append(net.init_state(2, 40).copy_(copies[1]))
     want = net.step(ids[:, 21:], state)
     for copy in copies:
         assert torch.equal(net.step(ids[:, 21:], copy), want)
@@ -235,6 +251,11 @@ def test_errors_of_step_name_the_value_and_the_fix(tmp_path):
         build("vanilla").step(ids, state)
     with pytest.raises(UserError, match="another model"):
         build("default", n_embd=64).step(ids, state)
+    for other in (build("default", n_embd=16), build("default", n_head=2, n_embd=16), build("default", doc_mask=True)):
+        with pytest.raises(UserError, match="another model"):
+            other.step(ids, state)
+    with pytest.raises(UserError, match="torch.float32 on cpu, the model in torch.bfloat16"):
+        build("default").set_compute_dtype(torch.bfloat16).step(ids, state)
     with pytest.raises(UserError, match="3 rows"):
         net.step(make_ids(batch=3), state)
     with pytest.raises(UserError, match="row 2"):
@@ -246,6 +267,44 @@ def test_errors_of_step_name_the_value_and_the_fix(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         SynapseState.load(tmp_path / "damaged")
     assert state.pos.tolist() == [0, 0]
+
+
+def cut(name, change):
+    return lambda tensors: tensors | {name: change(tensors[name]).contiguous()}
+
+
+FLAWS = {
+    "pos beyond": cut("pos", lambda pos: pos + 99),
+    "pos no numbers": cut("pos", torch.Tensor.double),
+    "another row": cut("layers.0.k", lambda k: k[:1]),
+    "no values": lambda tensors: {name: value for name, value in tensors.items() if name != "layers.1.v"},
+    "no calcium in a layer": lambda tensors: {name: value for name, value in tensors.items() if name != "layers.1.calcium"},
+    "flat keys": lambda tensors: tensors | {f"layers.{layer}.k": torch.zeros(2, 40) for layer in range(2)},
+    "a document per row": lambda tensors: tensors | {"doc": torch.zeros(2, dtype=torch.long)},
+    "integers": lambda tensors: {name: value.long() for name, value in tensors.items()},
+    "fast weights not square": lambda tensors: tensors | {f"layers.{layer}.fast.q.weights": torch.zeros(2, 8, 7) for layer in range(2)},
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_state_file_that_contradicts_itself_is_refused(flaw, tmp_path):
+    state = build("all_hebb").init_state(2, 40)
+    state.save(tmp_path / "state")
+    SynapseState.load(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
+    save_file(FLAWS[flaw](tensors), tmp_path / "flawed", metadata=meta)
+    with pytest.raises(UserError, match="flawed is damaged"):
+        SynapseState.load(tmp_path / "flawed")
+
+
+def test_a_state_that_was_read_does_not_follow_its_file(tmp_path):
+    net, ids = build("default"), make_ids()
+    _, state = decode(net, ids[:, :20], [], max_len=40)
+    state.save(path := tmp_path / "state")
+    held = SynapseState.load(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(net.step(ids[:, 20:], held), net.step(ids[:, 20:], state))
 
 
 def test_shared_parameters_start_equal_for_a_seed():

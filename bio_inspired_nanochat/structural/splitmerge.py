@@ -25,7 +25,9 @@ from bio_inspired_nanochat.synaptic import SynapticMoE
 
 @dataclass(frozen=True)
 class Rules:
-    """Bounds of a population: living experts never fall below `floor` nor pass `ceiling`; below `target` somebody is born."""
+    """Bounds of a population: experts that compete, of which twins are one, never fall below `floor`, living ones never pass `ceiling`;
+    while fewer than `target` live somebody is born.
+    """
 
     floor: int
     target: int
@@ -90,6 +92,10 @@ class _Population:
     def _living(self) -> list[int]:
         return [slot for slot, alive in enumerate(self.alive) if alive]
 
+    def _can_lose(self) -> bool:
+        """Whether one expert less leaves enough of them; twins are one choice of a token."""
+        return sum(self.lead[slot] == slot for slot in self._living()) > self.rules.floor
+
     def _single(self, slot: int) -> bool:
         return self.lead[slot] == slot and self.child[slot] == slot
 
@@ -121,7 +127,7 @@ class _Population:
 
     def _death(self) -> list[Event]:
         weak = [slot for slot in self._grown() if self.health[slot] < self.cfg.death_health_max]
-        if not weak or len(self._living()) <= self.rules.floor:
+        if not weak or not self._can_lose():
             return []
         slot = min(weak, key=lambda weak: (self.health[weak], weak))
         self._free(slot)
@@ -130,7 +136,7 @@ class _Population:
     def _merge(self) -> list[Event]:
         poor = [slot for slot in self._grown() if self.health[slot] < self.cfg.merge_health_max]
         pairs = [(a, b) for a in poor for b in poor if a < b and self.cosine[a][b] >= self.cfg.merge_similarity]
-        if not pairs or len(self._living()) <= self.rules.floor:
+        if not pairs or not self._can_lose():
             return []
         a, b = max(pairs, key=lambda pair: (self.cosine[pair[0]][pair[1]], -pair[0], -pair[1]))
         kept, gone = (a, b) if self.load[a] >= self.load[b] else (b, a)

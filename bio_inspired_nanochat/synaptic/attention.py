@@ -194,6 +194,11 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         chunk.write(state.barrier, previous[..., None] + cost.cumsum(-1))
         return self.synapse.barrier_bias(state.barrier[:, :, : chunk.stop], first, chunk.stop)
 
+    def state_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """See `CausalSelfAttention.state_shapes`."""
+        shapes = dict.fromkeys(self.state_fields, (self.n_head, length)) | super().state_shapes(length)
+        return shapes | ({"ring": (self.n_head, length, self.synapse.endo_slots)} if "ring" in shapes else {})
+
     def init_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """An empty cache with every terminal at rest."""
         state = super().init_state(batch, length, device, dtype)

@@ -114,12 +114,11 @@ class Block(nn.Module):
         return state
 
     def fits(self, state: LayerState) -> bool:
-        """Whether a state has the parts and modes of this layer."""
-        modes = {key: layer.density.modes for key, layer in self.fast_layers().items()}
-        parts = {f"fast.{key}.{part}" for key in modes for part in FastState._fields}
-        experts = self.mlp.slots if isinstance(self.mlp, SynapticMoE) and self.mlp.remembers else 0
-        if experts:
-            parts |= {f"experts.{part}" for part in ExpertState._fields}
-        if set(state.tensors()) != self.attn.state_fields | parts or (experts and state.experts.slow.shape[1] != experts):
-            return False
-        return all(state.fast[key].weights.shape[1] == count for key, count in modes.items())
+        """Whether a state has the parts of this layer, in the shapes that they have here."""
+        shapes = self.attn.state_shapes(state.k.shape[2])
+        for key, layer in self.fast_layers().items():
+            modes = layer.density.modes
+            shapes |= {f"fast.{key}.{part}": (modes, modes) if part == "weights" else () for part in FastState._fields}
+        if isinstance(self.mlp, SynapticMoE) and self.mlp.remembers:
+            shapes |= {f"experts.{part}": (self.mlp.slots,) for part in ExpertState._fields}
+        return {name: value.shape[1:] for name, value in state.tensors().items()} == shapes

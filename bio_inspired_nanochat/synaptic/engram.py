@@ -80,7 +80,12 @@ class Engram:
             for name, value in tensors.items():
                 _, index, rest = name.split(".", 2)
                 layers[int(index)][rest] = value.to(device)
-        return cls(meta["layout"], layers)
+            found = cls(meta["layout"], layers)
+            modes = [check_shapes(parts, found.batch_size) for parts in layers]
+            whole = [{f"fast.{key}.{part}" for key in keys for part in PARTS} for keys in modes]
+            if modes != json.loads(found.layout)["modes"] or whole != [set(parts) for parts in layers]:
+                raise ValueError("its tensors are not those of its layout")
+            return found
 
 
 def read_tensors(path: str | Path, form: str, what: str, fix: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -88,12 +93,24 @@ def read_tensors(path: str | Path, form: str, what: str, fix: str) -> tuple[dict
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # copies: what the library hands out is mapped, and would change, or end the process, with the file
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as {what} ({error}): {fix}") from None
     if meta.get("format") != form:
         raise UserError(f"{path} is not {what}: {fix}")
     return meta, tensors
+
+
+def check_shapes(layer: Tensors, batch: int) -> dict[str, int]:
+    """Modes by projection of the fast weights among a layer's tensors. Raises ValueError unless they are square, and all of `batch` rows."""
+    fast = {name: value for name, value in layer.items() if name.startswith("fast.")}
+    modes = {name.split(".")[1]: value.shape[-1] for name, value in fast.items() if name.endswith(".weights")}
+    for name, value in fast.items():
+        side = modes[name.split(".")[1]]
+        if value.shape != ((batch, side, side) if name.endswith(".weights") else (batch,)):
+            raise ValueError(f"{name} is {list(value.shape)} beside fast weights of {batch} sequences and {side} modes")
+    return modes
 
 
 def _difference(mine: str, theirs: str) -> str:

@@ -229,8 +229,8 @@ class _Ticks(NamedTuple):
 
     def drive(self, share: Tensor) -> Tensor:
         """Mean demand per token of every tick, share [B, T, E] to [B, E, N, K]."""
-        if self.counted is not None:
-            share = share * self.counted[..., None]
+        if self.counted is not None:  # chosen and not multiplied: padding behind a short window sees no key, and is not a number
+            share = torch.where(self.counted[..., None], share, 0.0)
         if self.front is not None:
             back = self.count * self.tick - self.front - share.shape[1]
             total = F.pad(share, (0, 0, self.front, back)).unflatten(1, (self.count, self.tick)).sum(2)

@@ -97,6 +97,10 @@ class CausalSelfAttention(nn.Module):
             q, k, v, None, self.tick, self.scale, q_start=chunk.start, window=self.window, doc=chunk.doc, backend=self.parts
         )
 
+    def state_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes, without the batch, of the tensors of this layer's LayerState for at most `length` tokens."""
+        return dict.fromkeys(("k", "v"), (self.n_kv_head, length, self.head_dim))
+
     def init_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """An empty cache for `batch` sequences of at most `length` tokens."""
         k, v = torch.zeros(2, batch, self.n_kv_head, length, self.head_dim, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ Equations (L2) and (L3) of prompts/life_cycle.md; twins: (L14).
 
 Facilitation and NMDA follow the tokens before the current tick (`expert_synapse`), so that a route is strictly causal; account and
 balance change between training steps only (`accounts`). Twins compete as one slot, with the leader's logit for both while they are
-equal, and the logit of the one that serves the token once `blend` is 1.
+equal, and the logit of the one that serves the token once `blend` is 1; likewise with what they release.
 
 Dimensions: B batch, T tokens, S = B T, E slots for experts, k choices, D width, F hidden units of an expert.
 """
@@ -189,14 +189,14 @@ class SynapticMoE(SynapticMLP):
             logit = logit if affinity is None else logit + affinity
             logit, released, after = self._modulate(logit, leads, place, before)
         logit = logit.flatten(0, 1)
-        slot, winner = self._twins(logit)
+        slot, winner, scale = self._twins(logit, None if released is None else released.flatten(0, 1))
         bank = self.kappa * (kept.energy - 0.5)
         bare = (slot + bank).masked_fill(~leads, CLOSED)
         score = bare + kept.balance
         places = top_k(score.detach(), self.k)
         gates = torch.softmax(slot.masked_fill(~leads, CLOSED).gather(1, places), dim=-1)
         expert = winner.gather(1, places)
-        scale = None if released is None else released.flatten(0, 1).gather(1, expert).exp()
+        scale = None if scale is None else scale.gather(1, places).exp()
         separate = (logit + bank[kept.lead] + kept.balance[kept.lead]).masked_fill(~kept.alive, CLOSED)
         return Route(expert, gates, scale, score.detach(), bare.detach(), separate.detach(), winner), after
 
@@ -217,13 +217,19 @@ class SynapticMoE(SynapticMLP):
             logit = logit + self.synapse.nmda_gain * effects.slow * torch.sigmoid(plain)
         return logit, effects.released, after
 
-    def _twins(self, logit: Tensor) -> tuple[Tensor, Tensor]:
-        """The logit of every slot and the expert that serves it, [S, E]: of two twins the one with the larger logit plus tie (L14)."""
+    def _twins(self, logit: Tensor, released: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of every slot the logit, the expert that serves it, and what it releases (see `Effects`), [S, E] each. Equation (L14).
+
+        Of two twins the one with the larger logit plus tie serves; how far the slot is its own in all else follows `blend`.
+        """
         kept = self.accounts
         places = torch.arange(self.slots, device=logit.device)
         younger = logit[:, kept.child] - logit
         serves = (kept.child != places) & (younger + (1 - kept.blend) * kept.tie > 0)
-        return logit + torch.where(serves, kept.blend * younger, 0.0), torch.where(serves, kept.child, places)
+        winner = torch.where(serves, kept.child, places)
+        if released is not None:
+            released = released + torch.where(serves, kept.blend * (released[:, kept.child] - released), 0.0)
+        return logit + torch.where(serves, kept.blend * younger, 0.0), winner, released
 
     @torch.no_grad()
     def statistics(self, x: Tensor, route: Route) -> Routing:
@@ -235,7 +241,7 @@ class SynapticMoE(SynapticMLP):
         places = torch.arange(self.slots, device=x.device)
         chosen = route.expert[..., None] == places
         member = chosen.any(1).float()
-        wanted = (route.bare >= _kth(route.bare, self.k)).float()
+        wanted = torch.zeros_like(route.bare, dtype=torch.float32).scatter_(1, top_k(route.bare, self.k), 1.0)
         both = route.separate >= _kth(route.separate, self.k)
         child = self.accounts.child
         own = wanted * (route.winner == places)  # the others would go to the leader's twin

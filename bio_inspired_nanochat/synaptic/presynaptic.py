@@ -148,6 +148,11 @@ class Presynaptic(nn.Module):
             found["barrier_strength"] = self.strength()
         return {name: value.detach().float() for name, value in found.items()}
 
+    @property
+    def endo_slots(self) -> int:
+        """Ticks that released vesicles spend in the endocytosis ring; 0 without one."""
+        return max(1, round(self.cfg.endo_delay / self.cfg.tick)) if "endocytosis" in self.on else 0
+
     def params(self) -> PresynParams:
         """The kinetics as the operators take them; differentiable."""
         cfg, values = self.cfg, self._values()
@@ -164,7 +169,7 @@ class Presynaptic(nn.Module):
             beta_max=cfg.beta_max,
             epsilon=cfg.epsilon,
             complexin=values.get("complexin_bias"),
-            endo_slots=max(1, round(cfg.endo_delay / cfg.tick)) if "endocytosis" in self.on else 0,
+            endo_slots=self.endo_slots,
             lateral_window=cfg.lateral_window if "lateral" in self.on else 0,
             sampler=sampler,
             **{"syt_mix": None} | optional | gains,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.kernels import ReleaseNoise
-from bio_inspired_nanochat.synaptic.engram import Engram, read_tensors
+from bio_inspired_nanochat.synaptic.engram import Engram, check_shapes, read_tensors
 
 FORMAT = "bio_inspired_nanochat.state"
 FAST, EXPERTS = "fast.", "experts."  # begin the names of the tensors of fast weights and of experts
@@ -261,13 +261,16 @@ class SynapseState:
         """Take over the contents of a state of the same layout and batch size, in place. Raises UserError for another one."""
         if not _same_layout(self, other) or self.batch_size != other.batch_size:
             raise UserError("a state can only take over one of the same model, max_len and batch size")
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs)
+        theirs = other._tensors()
+        for name, mine in self._tensors().items():  # by name: a file keeps its tensors in another order
+            mine.copy_(theirs[name])
         return self
 
-    def _tensors(self) -> list[Tensor]:
-        own = [value for value in (self.pos, self.doc, self.noise_key) if value is not None]
-        return own + [value for layer in self.layers for value in layer.tensors().values()]
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors by the name that they have in a file."""
+        own = {"pos": self.pos, "doc": self.doc, "noise_key": self.noise_key}
+        named = {f"layers.{index}.{name}": value for index, layer in enumerate(self.layers) for name, value in layer.tensors().items()}
+        return {name: value for name, value in own.items() if value is not None} | named
 
     def select(self, rows: list[int] | Tensor) -> SynapseState:
         """A copy with the given rows, in that order; a row may be taken several times. Raises UserError for a row that it does not have."""
@@ -295,12 +298,8 @@ class SynapseState:
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file."""
-        tensors = {"pos": self.pos, "doc": self.doc, "noise_key": self.noise_key}
-        tensors = {name: value for name, value in tensors.items() if value is not None}
-        for index, layer in enumerate(self.layers):
-            tensors |= {f"layers.{index}.{name}": value for name, value in layer.tensors().items()}
         meta = {"format": FORMAT, "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, str(path), metadata=meta)
+        save_file({name: value.contiguous().cpu() for name, value in self._tensors().items()}, str(path), metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SynapseState:
@@ -313,7 +312,29 @@ class SynapseState:
                 prefix = f"layers.{index}."
                 layers.append(LayerState.of({n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
             doc, key = (tensors[name].to(device) if name in tensors else None for name in ("doc", "noise_key"))
-            return cls(tensors["pos"], layers, shape["max_len"], doc, key)
+            state = cls(tensors["pos"], layers, shape["max_len"], doc, key)
+            state._check()
+            return state
+
+    def _check(self) -> None:
+        """Raise ValueError where the parts of a state that was read from a file contradict each other."""
+        batch, length, pos = len(self.pos), self.max_len, self.pos
+        if pos.dtype != torch.long or pos.shape != (batch,) or not batch or pos.min() < 0 or pos.max() > length:
+            raise ValueError(f"pos are not numbers of tokens within max_len={length}")
+        alike = _shapes(self)[3:]
+        if not alike or any(layer != alike[0] for layer in alike):
+            raise ValueError("its layers do not have the shapes of one model")
+        k, v = self.layers[0].k, self.layers[0].v
+        if k.ndim != 4 or k.shape != v.shape or k.shape[2] != length:
+            raise ValueError(f"keys are {list(k.shape)} beside values {list(v.shape)} and max_len={length}")
+        check_shapes(self.layers[0].tensors(), batch)
+        if any(len(value) != batch for value in self._tensors().values()):
+            raise ValueError(f"not all of it is of {batch} sequences")
+        if any(not value.is_floating_point() for layer in self.layers for value in layer.tensors().values()):
+            raise ValueError("its layers hold other than real numbers")
+        for name, value, width in (("doc", self.doc, length), ("noise_key", self.noise_key, 2)):
+            if value is not None and (value.dtype != torch.long or value.shape != (batch, width)):
+                raise ValueError(f"{name} is not [{batch}, {width}] of integers")
 
     def engram(self) -> Engram:
         """A copy of the fast weights and molecules of these sequences. Raises UserError for a model without fast weights."""

@@ -95,8 +95,12 @@ impl Choices<'_> {
             let at = token * e..(token + 1) * e;
             let (bare, separate, winner) = (&self.bare[at.clone()], &self.separate[at.clone()], &self.winner[at]);
             let (least, apart) = (kth(bare, self.k, &mut best), kth(separate, self.k, &mut best));
+            let above = bare.iter().filter(|&&score| descending(score, least) == Ordering::Less).count();
+            let mut equals = self.k - above; // that are chosen, the first ones
             for i in 0..e {
-                if bare[i] >= least {
+                let order = descending(bare[i], least);
+                if order == Ordering::Less || (order == Ordering::Equal && equals > 0) {
+                    equals -= usize::from(order == Ordering::Equal);
                     demands[if winner[i] == i { i } else { self.child[i] }] += 1;
                 }
                 let child = self.child[i];

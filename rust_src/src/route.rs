@@ -285,7 +285,8 @@ impl<'a> Course<'a> {
         softmax(&mut gates);
         for ((place, &slot), gate) in places.iter_mut().zip(&chosen).zip(gates) {
             let expert = winner[slot];
-            *place = Pair { token, expert, gate: self.released.get(expert).map_or(gate, |released| gate * released.exp()) };
+            let released = self.released.get(slot).map(|own| own + router.blend[slot] * (self.released[expert] - own));
+            *place = Pair { token, expert, gate: released.map_or(gate, |released| gate * released.exp()) };
         }
     }
 

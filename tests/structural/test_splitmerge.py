@@ -183,6 +183,17 @@ def test_population_keeps_between_floor_and_ceiling():
     assert kinds(decide(layer, cfg, dataclasses.replace(rules, ceiling=5))) == []
 
 
+def test_nobody_dies_or_merges_where_twins_leave_a_token_no_choice():
+    layer, cfg = ready(k=5)
+    for number, parent in enumerate(range(3), 6):
+        operate(layer, Event("split", (parent, number), number, (parent,), (1.0, 0.0)), cfg, prefix=PREFIX, seed=0, step=1)
+    layer.accounts.age.fill_(1000)
+    for slot in range(3, 6):
+        wealth(layer, slot, 0.0, 0.0)
+    assert layer.accounts.alive.sum() == 9 and layer.accounts.leads().sum() == 6  # of which a token visits five
+    assert decide(layer, cfg) == []
+
+
 def test_below_the_target_somebody_is_born_unless_somebody_splits():
     layer, cfg = ready()
     wealth(layer, 3, 0.0, 0.0)

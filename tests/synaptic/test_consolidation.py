@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.synaptic import Engram, SynapseState, consolidate, rollback, sleep
@@ -237,3 +239,16 @@ def test_bad_engrams_are_said(tmp_path):
         net.init_state(3, 10, engram=tmp_path / "state")
     with pytest.raises(UserError, match="row 3"):
         state.engram().select(3)
+
+
+def test_an_engram_file_whose_tensors_are_not_those_of_its_layout_is_refused(tmp_path):
+    net = fast_model()
+    after(net, make_ids(2, 10)).save_engram(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", "pt") as file:
+        whole, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
+    name = next(name for name in whole if name.endswith(".weights"))
+    for changed in ({name: whole[name][:, :-1]}, {name: whole[name][:1]}, {name.replace("fast", "fest"): whole[name]}, {}):
+        parts = {key: value.contiguous() for key, value in ({k: v for k, v in whole.items() if k != name} | changed).items()}
+        save_file(parts, tmp_path / "flawed", metadata=meta)
+        with pytest.raises(UserError, match="flawed is damaged"):
+            net.init_state(2, 10, engram=tmp_path / "flawed")

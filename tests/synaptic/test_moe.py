@@ -129,7 +129,7 @@ def test_the_account_and_the_balance_move_the_choice_but_not_the_gates():
 
 
 def test_a_new_twin_changes_nothing_and_shares_the_tokens_of_its_slot():
-    moe, x = layer(expert_lateral=0.5, nmda=True, snare_codes=True), inputs(4, 48)
+    moe, x = layer(expert_lateral=0.5, nmda=True, snare_codes=True, vesicle_output=True), inputs(4, 48)
     before, route = moe(x), logits_of(moe, x)
     twin(moe)
     moe.synapse.identity.data[6] += 0.1 * torch.randn(moe.synapse.identity.shape[1], generator=torch.Generator().manual_seed(1))
@@ -173,6 +173,16 @@ def test_statistics_add_up():
     moe.accounts.balance[0] = 50.0
     assert not torch.equal(moe.statistics(x, logits_of(moe, x)).load, found.load)
     torch.testing.assert_close(moe.statistics(x, logits_of(moe, x)).demand, found.demand)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_of_equal_scores_a_token_asks_for_no_more_than_its_k(backend):
+    moe, x = layer(synapses=False), inputs(3, 20)
+    moe.backend = backend
+    moe.router.data[:4] = moe.router.data[0]
+    with torch.no_grad():
+        found = moe.statistics(x, logits_of(moe, x))
+    assert found.demand.sum() == 120 and torch.equal(found.demand, found.load)
 
 
 def test_the_tap_collects_first_and_second_moments_of_the_gates_gradient():
