@@ -180,7 +180,7 @@ class Trainer:
         if fault is None:
             self.job.optimizer.step()
             if self.keeper is not None:
-                self.keeper.after_step(self.progress.step, idx, targets)
+                self.keeper.after_step(self.progress.step, idx, targets, self.gradients.release)
         elif self.keeper is not None:
             self.keeper.discard()
         self.job.optimizer.zero_grad()
@@ -230,6 +230,7 @@ class Trainer:
     def _consolidate(self) -> None:
         """Let what the step's last sequences leave in the fast weights join the slow ones. Collective."""
         assert self._last_batch is not None
+        self.gradients.release()
         with evaluating(self.job.model):
             change = sleep_on(self.job.model, self._last_batch, self.config.consolidate_strength)
         self._tell("on_consolidate", self.progress.step, change)
@@ -363,6 +364,7 @@ class Trainer:
         """Let the model continue a few prompts, on rank 0; False when a signal ended it. Collective."""
         if self.config.sample_every <= 0 or not self.callbacks:
             return True
+        self.gradients.release()
         model = whole_model(self.job.model)
 
         def show() -> bool:

@@ -63,11 +63,12 @@ class Recording:
 def recording(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[Recording]:
     recorded: list[Recording] = []
 
-    @contextlib.contextmanager
-    def graph(_: Recording, **options: str):
-        yield
+    def capture(run):
+        tape = Recording(recorded)
+        made = run()
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return tape, made
 
     def wanted(self: Gradients, model: Stack, graph: bool) -> None:
         plain(self, model, graph)
@@ -76,8 +77,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[Reco
     plain = Gradients.__init__
     monkeypatch.setattr(Gradients, "__init__", wanted)
     monkeypatch.setattr(Gradients, "_aside", lambda self: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(recorded))
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(steps, "capture", capture)
     return recorded
 
 
