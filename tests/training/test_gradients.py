@@ -236,6 +236,7 @@ STEPS = {
     "vesicles": {"synapses": True, "syn_cfg": SynapticConfig(stochastic_train_frac=0.3, stochastic_mode="gumbel_sigmoid_ste")},
     "proteins": {"synapses": True, "syn_cfg": SynapticConfig(genome="proteins")},
     "documents": {"synapses": True, "doc_mask": True},
+    "plain documents": {"doc_mask": True, "dropout": 0.1, "window_pattern": "SL"},
     "experts": {"synapses": True, "num_experts": 4, "syn_cfg": SynapticConfig(nmda=True, snare_codes=True, vesicle_output=True)},
     "plain experts": {"num_experts": 4},
 }

@@ -104,6 +104,21 @@ def test_a_replayed_step_trains_as_an_eager_one(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.gpu
+def test_a_replayed_step_of_a_population_is_the_step(capsys) -> None:
+    def on_gpu(seed: int):
+        return task_rows(TASK, torch.Generator("cuda").manual_seed(seed), 4)
+
+    losses = []
+    for graph in (False, True):
+        stack = population("cuda", hebb="delta", rank_eligibility=4)
+        for _ in train(stack, by_seed([0, 1], on_gpu), STEPS, STEPS, OPTIM, graph):
+            pass
+        losses.append(stack.losses(*next(by_seed([2, 3], on_gpu))).detach().cpu())
+    assert "not replayed" not in capsys.readouterr().out
+    assert torch.allclose(*losses, atol=1e-3) and losses[0][0] != losses[0][1]
+
+
 def test_a_recording_that_fails_is_said_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     expected = trained(False)
     recorded = recording(monkeypatch, fails=True)
