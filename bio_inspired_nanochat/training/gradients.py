@@ -67,6 +67,11 @@ class Gradients:
         with self._aside():
             return self._run(batch, micro)
 
+    @property
+    def holds(self) -> bool:
+        """Whether a recording holds the memory of a step."""
+        return self._recording is not None
+
     def release(self) -> None:
         """Give back the memory of the recording, which is that of a step, to whatever needs it before the next one."""
         self._recording = None
@@ -180,6 +185,6 @@ def _abandon(pool: Any) -> None:
 
 def reason(error: BaseException) -> str:
     """What went wrong first, in one line: the end of a recording complains about whatever failed in it."""
-    while error.__context__ is not None:
+    while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -408,7 +408,10 @@ class Trainer:
         return None if self.checkpoint is None else str(self.checkpoint)
 
     def _memory_guard(self) -> contextlib.AbstractContextManager[None]:
-        return guards.out_of_memory_as_user_error(self.plan.rows, self._fitting_rows, str(self.job.device))
+        def instead() -> str:
+            return "--graph=0, which holds less at once" if self.gradients.holds else ""  # the optimizer's need comes on top of a recording
+
+        return guards.out_of_memory_as_user_error(self.plan.rows, self._fitting_rows, str(self.job.device), instead)
 
     def _fitting_rows(self) -> int:
         """Rows that should fit, after an allocation has failed: at most half as many."""

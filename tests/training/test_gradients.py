@@ -18,7 +18,7 @@ from bio_inspired_nanochat.training import Callback, gradients, loop, pace, trai
 from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients, capture, reason
 from bio_inspired_nanochat.training.job import Job, Objective
 from bio_inspired_nanochat.training.pace import measure
-from bio_inspired_nanochat.training.plan import make_plan
+from bio_inspired_nanochat.training.plan import graph_setting, make_plan
 from tests.phantom import NoCopies, phantom_gpu
 from tests.training.ranks import LIVING
 from tests.training.tape import Tape, Taped
@@ -96,7 +96,7 @@ def held(monkeypatch) -> dict[str, list[bool]]:
         plain = getattr(place, name)
 
         def called(*args, **kwargs):
-            found.setdefault(name, []).append(Watched.living[-1]._recording is not None)
+            found.setdefault(name, []).append(Watched.living[-1].holds)
             return plain(*args, **kwargs)
 
         monkeypatch.setattr(place, name, called)
@@ -219,7 +219,10 @@ def test_a_recording_that_cuda_ends_leaves_streams_memory_and_random_numbers_as_
     gpu = Refused(monkeypatch, over)
 
     def run() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise KeyError("not made yet")
+        except KeyError:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore") from None
 
     with pytest.raises(RuntimeError, match="previous error") as failed:
         capture(run)
@@ -262,3 +265,4 @@ def test_asking_for_a_graph_where_there_is_none_is_an_error(tmp_path, world, nam
     with pytest.raises(UserError, match=f"graph=1 is for one process on CUDA, and this is {named}"):
         make_plan(small(tmp_path, graph="1"), CPU, world)
     assert make_plan(small(tmp_path), CPU, world).config.graph == "0"
+    assert graph_setting("auto", torch.device("cuda"), world) == str(int(world == 1))
