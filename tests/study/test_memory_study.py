@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bio_inspired_nanochat.study.cohort import Cohort
 from bio_inspired_nanochat.study.memory import StudyRun, append_record, read_records, records_path, summarise
 from bio_inspired_nanochat.study.models import WindowedConfig, memory_only, memory_values, variant_roles
 from bio_inspired_nanochat.tasks.memory import Facts, Recall
+from bio_inspired_nanochat.training.gradients import WARM_RUNS
 from scripts import memory_study as script
 
 MEMORIES = [name for name in VARIANTS if name not in ("vanilla", "full")]
@@ -238,6 +240,36 @@ def test_models_that_train_side_by_side_are_those_that_train_alone(tmp_path, mon
         assert other["steps"] == record["steps"] and other["loss"] == pytest.approx(record["loss"], abs=1e-4)
         assert [point[1] for point in other["curve"]] == pytest.approx([point[1] for point in record["curve"]], abs=1e-4)
     assert len({record["loss"] for record in together}) == 3
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_recorded_step_of_several_models_is_the_step(monkeypatch, capsys, refused):
+    def capture(run):
+        """In the place of a CUDA graph, whose replays read and write the tensors that it was recorded with."""
+        made = run()
+        grads = [parameter.grad for parameter in cohort.parameters]
+        if refused:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        def replay() -> None:
+            played.append(made.copy_(run()))
+            for parameter, grad in zip(cohort.parameters, grads, strict=True):
+                parameter.grad = grad.copy_(parameter.grad)
+
+        for tensor in (made, *grads):
+            tensor.fill_(torch.nan)
+        return SimpleNamespace(replay=replay), made
+
+    monkeypatch.setattr("bio_inspired_nanochat.study.cohort.capture", capture)
+    losses, played = [], []
+    for graph in (False, True):
+        models = [build_variant("delta", sizes(), seed) for seed in (0, 1)]
+        cohort = Cohort(models, variant_roles(models[0]), OptimConfig(), 4 * TASK.length, 8, graph=graph)
+        cohort.wanted = graph
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        losses.append(torch.stack([cohort.step([TASK.batch(generator, 4) for generator in generators]) for _ in range(8)]))
+    assert torch.equal(*losses) and len(played) == (0 if refused else 8 - WARM_RUNS) and cohort.wanted is not refused
+    assert capsys.readouterr().out.count("notice: steps are not replayed as a CUDA graph") == refused
 
 
 @pytest.mark.gpu
