@@ -95,8 +95,8 @@ def test_a_replayed_step_of_a_fine_tuning_is_the_step(tmp_path, capsys, graph):
     assert records[1]["final_loss"] == pytest.approx(records[0]["final_loss"], abs=2e-3)
 
 
-def drawn(graph: str, compiled: str, passes: int = 10) -> list[float]:
-    """Losses of one batch in a model with dropout whose weights stay as they are: they differ by what is drawn."""
+def drawn(graph: str, compiled: str, passes: int = 10) -> tuple[list[float], torch.Tensor]:
+    """Losses of one batch in a model with dropout whose weights stay as they are, so that they differ by what is drawn; the generator then."""
     plan = make_plan(small(Path(), **GPU, dropout=0.5, dtype="float32", compile=compiled, graph=graph), CUDA, 1)
     rehearsal, found = Rehearsal(plan, CUDA), []
     for index, parameter in enumerate(rehearsal.model.parameters()):
@@ -107,14 +107,15 @@ def drawn(graph: str, compiled: str, passes: int = 10) -> list[float]:
         found.append(rehearsal.gradients(rehearsal.idx, rehearsal.targets).item())
         rehearsal.optimizer.zero_grad()
     assert rehearsal.gradients.holds == (graph == "1")
-    return found
+    return found, torch.cuda.get_rng_state()
 
 
 @pytest.mark.parametrize("compiled", ["0", "1"])
 def test_every_replay_drops_out_anew_and_what_an_ordinary_step_would(compiled):
-    eager, replayed = drawn("0", compiled), drawn("1", compiled)
+    (eager, goes_on), (replayed, same) = drawn("0", compiled), drawn("1", compiled)
     assert max(replayed[WARM_RUNS:]) - min(replayed[WARM_RUNS:]) > 1e-3
     assert replayed == pytest.approx(eager, abs=1e-4)
+    assert torch.equal(goes_on, same), "a checkpoint holds where the draws have come to"
 
 
 def reserved() -> int:
