@@ -1,6 +1,8 @@
 """Replayed micro-batches are the ordinary ones: same gradients, same losses, same lives of experts, whatever changes between steps."""
 
 import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -170,6 +172,24 @@ def test_a_recording_that_fails_leaves_ordinary_steps_and_one_notice(tmp_path, m
     record = train(small(tmp_path / "b", num_iterations=8))
     assert record["final_loss"] == told["final_loss"]
     assert capsys.readouterr().out.count("notice: steps are not replayed as a CUDA graph") == 1
+
+
+def test_a_recording_ends_with_its_run(tmp_path, monkeypatch):
+    """At once, and not when the garbage collector comes by: the next model of the process needs the memory."""
+    runs: list[weakref.ref] = []
+
+    class Noted(Gradients):
+        def __init__(self, engine, keeper, plan) -> None:
+            super().__init__(engine, keeper, plan)
+            runs.extend(map(weakref.ref, (self, engine.model)))
+
+    monkeypatch.setattr(loop, "Gradients", Noted)
+    gc.disable()
+    try:
+        train(small(tmp_path, **LIVING))
+        assert [run() for run in runs] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Refused:

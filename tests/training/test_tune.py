@@ -183,14 +183,15 @@ def test_accumulated_forwards_weigh_as_one_batch(home, tmp_path):
     assert whole.losses[-1] < whole.losses[0]
 
 
-def test_replayed_steps_tune_the_same_model(home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["synaptic", "experts"])
+def test_replayed_steps_tune_the_same_model(home, tmp_path, monkeypatch, kind):
     """The forwards of a step hold different numbers of targets, so that each has a share of its own."""
     batch = {"device_batch_size": 1, "total_batch_size": 3 * 16, "max_seq_len": 16, "eval_every": 3}
-    told = tune(tuning(home, tmp_path / "a", "synaptic", **batch))
+    told = tune(tuning(home, tmp_path / "a", kind, **batch))
     assert load_checkpoint(told["checkpoint"]).meta["train_config"]["graph"] == "0", "auto is decided: this is no GPU"
     monkeypatch.setattr(loop, "Gradients", Taped)
     monkeypatch.setattr(Tape, "played", 0)
-    replayed = tune(tuning(home, tmp_path / "b", "synaptic", **batch))
+    replayed = tune(tuning(home, tmp_path / "b", kind, **batch))
     assert Tape.played == 3 * 6 - WARM_RUNS
     ours, theirs = (load_checkpoint(record["checkpoint"]).model for record in (replayed, told))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
