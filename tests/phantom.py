@@ -15,8 +15,10 @@ class NoCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        devices = {value.device.type for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)}
-        assert "copy" not in str(function) or len(devices) < 2, f"{function} copies between {devices}"
+        tensors = [value for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)]
+        devices = {value.device.type for value in tensors}
+        travels = "copy" in str(function) or any(value.device.type == "cpu" and value.dim() for value in tensors)  # numbers are arguments
+        assert not travels or len(devices) < 2, f"{function} copies between {devices}"
         return out
 
 

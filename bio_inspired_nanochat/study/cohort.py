@@ -18,7 +18,7 @@ from torch import Tensor
 from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig, build_optimizer
-from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture
+from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture, reason
 
 Batch = tuple[Tensor, ...]
 
@@ -91,6 +91,6 @@ class Cohort:
             graph, self._losses = capture(lambda: self._passes(held))
         except RuntimeError as error:
             self.wanted = False
-            say(f"notice: steps are not replayed as a CUDA graph, which is slower ({str(error).splitlines()[0]})")
+            say(f"notice: steps are not replayed as a CUDA graph, which is slower ({reason(error)})")
             return
         self._graph, self._inputs = graph, [side for batch in held for side in batch]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +69,11 @@ class ExpertKeeper:
         """Take the statistics of one forward."""
         self.ledger.add(routing)
 
-    def after_step(self, step: int, idx: Tensor, targets: Tensor) -> list[Event]:
-        """After optimizer step number `step`. idx, targets: a batch of this rank, on which losses around an event are measured. Collective."""
+    def after_step(self, step: int, idx: Tensor, targets: Tensor, make_room: Callable[[], object] = lambda: None) -> list[Event]:
+        """After optimizer step number `step`. Collective.
+
+        idx, targets: a batch of this rank, on which losses around an event are measured; make_room: called before, for memory.
+        """
         routing, taps = self.ledger.settle()
         metabolise(self.model, routing, taps)
         if self.every == 0 or step % self.every:
@@ -81,6 +84,8 @@ class ExpertKeeper:
         assert all(other == said for other in gather(said)), "ranks decide differently about experts: their weights have come apart"
         for layer, events in zip(self.model.experts(), decided, strict=True):
             self.ballots.cast.extend(_ballots(layer, events))
+        if any(decided):
+            make_room()
         loss = self._loss(idx, targets) if any(decided) else None
         for index, (layer, events) in enumerate(zip(self.model.experts(), decided, strict=True)):
             for event in events:

@@ -67,6 +67,11 @@ class Gradients:
         with self._aside():
             return self._run(batch, micro)
 
+    @property
+    def holds(self) -> bool:
+        """Whether a recording holds the memory of a step."""
+        return self._recording is not None
+
     def release(self) -> None:
         """Give back the memory of the recording, which is that of a step, to whatever needs it before the next one."""
         self._recording = None
@@ -93,7 +98,7 @@ class Gradients:
             self.wanted = False
             for leaf in leaves:
                 leaf.grad = None
-            say(f"notice: steps are not replayed as a CUDA graph, which may be slower ({str(error).splitlines()[0]})")
+            say(f"notice: steps are not replayed as a CUDA graph, which may be slower ({reason(error)})")
 
     def _replay(self, recording: _Recording, batch: MicroBatch, micro: int) -> Tensor:
         loss, routing = recording.replay(batch, first=micro == 0)
@@ -147,8 +152,39 @@ class _Recording:
 
 
 def capture(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of what `run` launches, which is not executed yet, and what it returned. RuntimeError where it cannot be recorded."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads load data meanwhile
-        made = run()
+    """A CUDA graph of what `run` launches, which is not executed yet, and what it returned.
+
+    RuntimeError where it cannot be recorded; streams, memory and random numbers are then as before.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    mode = {"pool": pool, "capture_error_mode": "thread_local"}  # other threads load data meanwhile
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **mode):
+            made = run()
+    except BaseException:
+        _abandon(pool)
+        raise
     return graph, made
+
+
+def _abandon(pool: Any) -> None:
+    """Undo what PyTorch does not undo where CUDA itself has ended a recording into `pool`.
+
+    The allocator would go on recording, which keeps it from ever returning memory, and would hold the memory of the pool, which is that
+    of a step. Older versions of PyTorch would also refuse to draw random numbers.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # the recording had an end, so the graph returns its memory itself: a second time would be fatal
+    torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first, in one line: the end of a recording complains about whatever failed in it."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -110,28 +110,29 @@ def all_finite(params: Iterable[Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def out_of_memory_as_user_error(rows: int, fits: Callable[[], int], place: str) -> Iterator[None]:
+def out_of_memory_as_user_error(rows: int, fits: Callable[[], int], place: str, instead: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turn an allocation that failed into one line with a batch size that fits.
 
-    rows: the --device_batch_size in use; fits: says, after the failure, how many would fit; place: the device in words.
+    rows: the --device_batch_size in use; place: the device in words. What is asked after the failure: fits, how many rows would fit, and
+    instead, another flag that would help, or an empty string.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _too_large(rows, fits(), place) from error
+        raise _too_large(rows, fits(), place, instead()) from error
     except RuntimeError as error:
         if not any(text in str(error).lower() for text in OUT_OF_MEMORY):
             raise
-        raise _too_large(rows, fits(), place) from error
+        raise _too_large(rows, fits(), place, instead()) from error
 
 
-def _too_large(rows: int, fits: int, place: str) -> UserError:
-    smaller = min(rows // 2, fits)
+def _too_large(rows: int, fits: int, place: str, instead: str) -> UserError:
+    smaller, other = min(rows // 2, fits), f", or {instead}" if instead else ""
     if rows == 1:
-        return UserError(f"out of memory on {place} with a single row: use a shorter --max_seq_len or a smaller --depth")
+        return UserError(f"out of memory on {place} with a single row: use a shorter --max_seq_len or a smaller --depth{other}")
     return UserError(
         f"out of memory on {place} with --device_batch_size={rows}: use --device_batch_size={max(1, smaller)} "
-        "(--total_batch_size stays the same, by accumulating gradients)"
+        f"(--total_batch_size stays the same, by accumulating gradients){other}"
     )
 
 

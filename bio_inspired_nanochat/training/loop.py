@@ -180,7 +180,7 @@ class Trainer:
         if fault is None:
             self.job.optimizer.step()
             if self.keeper is not None:
-                self.keeper.after_step(self.progress.step, idx, targets)
+                self.keeper.after_step(self.progress.step, idx, targets, self.gradients.release)
         elif self.keeper is not None:
             self.keeper.discard()
         self.job.optimizer.zero_grad()
@@ -230,6 +230,7 @@ class Trainer:
     def _consolidate(self) -> None:
         """Let what the step's last sequences leave in the fast weights join the slow ones. Collective."""
         assert self._last_batch is not None
+        self.gradients.release()
         with evaluating(self.job.model):
             change = sleep_on(self.job.model, self._last_batch, self.config.consolidate_strength)
         self._tell("on_consolidate", self.progress.step, change)
@@ -363,6 +364,7 @@ class Trainer:
         """Let the model continue a few prompts, on rank 0; False when a signal ended it. Collective."""
         if self.config.sample_every <= 0 or not self.callbacks:
             return True
+        self.gradients.release()
         model = whole_model(self.job.model)
 
         def show() -> bool:
@@ -406,7 +408,10 @@ class Trainer:
         return None if self.checkpoint is None else str(self.checkpoint)
 
     def _memory_guard(self) -> contextlib.AbstractContextManager[None]:
-        return guards.out_of_memory_as_user_error(self.plan.rows, self._fitting_rows, str(self.job.device))
+        def instead() -> str:
+            return "--graph=0, which holds less at once" if self.gradients.holds else ""  # the optimizer's need comes on top of a recording
+
+        return guards.out_of_memory_as_user_error(self.plan.rows, self._fitting_rows, str(self.job.device), instead)
 
     def _fitting_rows(self) -> int:
         """Rows that should fit, after an allocation has failed: at most half as many."""

@@ -125,6 +125,7 @@ def _measure(plan: Plan, device: torch.device, seconds: float, choose_threads: b
     if choose_threads and (first < 2 * seconds or crowded(device)):
         _choose_threads(step, device)
     training, steps = _timed(step, device, 50, seconds)
+    rehearsal.gradients.release()
     with evaluating(model):
         _timed(lambda: model.token_losses(idx, targets), device, 1, math.inf)
         evaluation, passes = _timed(lambda: model.token_losses(idx, targets), device, 5, seconds / 2)

@@ -87,7 +87,7 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
     free memory may differ). vocab_size and bos_token_id are the tokenizer's; without one the wanted size counts.
     """
     config = fill_defaults(config, device)
-    config = dataclasses.replace(config, graph=_graph(config.graph, device, world))
+    config = dataclasses.replace(config, graph=graph_setting(config.graph, device, world))
     assert config.vocab_size is not None and config.tokens_per_param is not None
     shape = model_config(config, vocab_size or config.vocab_size, bos_token_id)
     dtype = given_dtype(config, device)
@@ -107,8 +107,8 @@ def make_plan(config: TrainConfig, device: torch.device, world: int, vocab_size:
     return Plan(config, shape, dtype, world, steps, accumulation, tokens, params, model.flops_per_token())
 
 
-def _graph(wanted: str, device: torch.device, world: int) -> str:
-    """Whether steps are replayed. UserError where that is asked for and cannot be."""
+def graph_setting(wanted: str, device: torch.device, world: int) -> str:
+    """`--graph` with auto replaced by 0 or 1. UserError for steps that should be replayed and cannot be."""
     possible = device.type == "cuda" and world == 1
     if wanted == "1" and not possible:
         where = f"{world} processes" if world > 1 else f"device={device.type}"

@@ -33,7 +33,7 @@ from bio_inspired_nanochat.training.config import fill_defaults
 from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
 from bio_inspired_nanochat.training.job import Job
 from bio_inspired_nanochat.training.loopstate import Progress
-from bio_inspired_nanochat.training.plan import Plan, given_dtype, inherit, whole_forwards
+from bio_inspired_nanochat.training.plan import Plan, given_dtype, graph_setting, inherit, whole_forwards
 from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, on_rank0
 from bio_inspired_nanochat.training.run import build_model, register_states, reload, restore, run_job, save
 from bio_inspired_nanochat.training.tuneconfig import TuneConfig, tuned_config
@@ -196,6 +196,7 @@ def _plan(
     if length > own.sequence_len:
         raise UserError(f"max_seq_len={length} is longer than the context {own.sequence_len} of {origin.path}: use at most that")
     settings = fill_defaults(tuned_config(config, origin.meta, origin.path), device)
+    settings = dataclasses.replace(settings, graph=graph_setting(settings.graph, device, world))
     packed = RowLoader(train, tokenizer.bos_id, 1, length, align=alignment(own)).rows
     rows = config.device_batch_size or max(1, min(settings.device_batch_size or ROWS, packed // (FEWEST_STEPS * world)))
     total = config.total_batch_size or rows * length * world

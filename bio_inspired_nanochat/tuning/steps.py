@@ -17,7 +17,7 @@ from torch import Tensor
 from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.optim import OptimConfig, Optimizer
 from bio_inspired_nanochat.tasks.memory import MemoryTask
-from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture
+from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture, reason
 from bio_inspired_nanochat.tuning.stack import Single, Stack
 
 Batch = tuple[Tensor, Tensor]
@@ -91,7 +91,7 @@ class Gradients:
             self.graph, _ = capture(lambda: self.model.losses(self.idx, self.targets).sum().backward())
         except RuntimeError as error:
             self.wanted = False
-            say(f"notice: steps are not replayed as a CUDA graph, which is slower ({str(error).splitlines()[0]})")
+            say(f"notice: steps are not replayed as a CUDA graph, which is slower ({reason(error)})")
 
 
 def by_seed(seeds: Sequence[int], make: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from bio_inspired_nanochat.common import progress
 from bio_inspired_nanochat.config import SynapticConfig
+from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.study import VARIANTS, LinearMemory, MemoryStudyConfig, build_variant, memory_study
 from bio_inspired_nanochat.study import memory as module
@@ -16,6 +18,7 @@ from bio_inspired_nanochat.study.cohort import Cohort
 from bio_inspired_nanochat.study.memory import StudyRun, append_record, read_records, records_path, summarise
 from bio_inspired_nanochat.study.models import WindowedConfig, memory_only, memory_values, variant_roles
 from bio_inspired_nanochat.tasks.memory import Facts, Recall
+from bio_inspired_nanochat.training.gradients import WARM_RUNS
 from scripts import memory_study as script
 
 MEMORIES = [name for name in VARIANTS if name not in ("vanilla", "full")]
@@ -240,17 +243,67 @@ def test_models_that_train_side_by_side_are_those_that_train_alone(tmp_path, mon
     assert len({record["loss"] for record in together}) == 3
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_recorded_step_of_several_models_is_the_step(monkeypatch, capsys, refused):
+    def capture(run):
+        """In the place of a CUDA graph, whose replays read and write the tensors that it was recorded with."""
+        made = run()
+        grads = [parameter.grad for parameter in cohort.parameters]
+        if refused:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        def replay() -> None:
+            played.append(made.copy_(run()))
+            for parameter, grad in zip(cohort.parameters, grads, strict=True):
+                parameter.grad = grad.copy_(parameter.grad)
+
+        for tensor in (made, *grads):
+            tensor.fill_(torch.nan)
+        return SimpleNamespace(replay=replay), made
+
+    monkeypatch.setattr("bio_inspired_nanochat.study.cohort.capture", capture)
+    losses, played = [], []
+    for graph in (False, True):
+        models = [build_variant("delta", sizes(), seed) for seed in (0, 1)]
+        cohort = Cohort(models, variant_roles(models[0]), OptimConfig(), 4 * TASK.length, 8, graph=graph)
+        cohort.wanted = graph
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        losses.append(torch.stack([cohort.step([TASK.batch(generator, 4) for generator in generators]) for _ in range(8)]))
+    assert torch.equal(*losses) and len(played) == (0 if refused else 8 - WARM_RUNS) and cohort.wanted is not refused
+    assert capsys.readouterr().out.count("notice: steps are not replayed as a CUDA graph") == refused
+
+
+def on_gpu(graph: bool) -> tuple[torch.Tensor, Cohort]:
+    """Losses [12, 3] of three models trained side by side, and these."""
+    device = torch.device("cuda")
+    models = [build_variant("delta", sizes(), seed).to(device) for seed in (0, 1, 2)]
+    cohort = Cohort(models, variant_roles(models[0]), OptimConfig(), 4 * TASK.length, 12, graph=graph)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in (0, 1, 2)]
+    return torch.stack([cohort.step([TASK.batch(generator, 4) for generator in generators]) for _ in range(12)]).cpu(), cohort
+
+
 @pytest.mark.gpu
 def test_replayed_steps_of_several_models_are_eager_ones():
-    device = torch.device("cuda")
-    losses = []
-    for graph in (False, True):
-        models = [build_variant("delta", sizes(), seed).to(device) for seed in (0, 1, 2)]
-        cohort = Cohort(models, variant_roles(models[0]), OptimConfig(), 4 * TASK.length, 12, graph=graph)
-        generators = [torch.Generator(device).manual_seed(seed) for seed in (0, 1, 2)]
-        losses.append(torch.stack([cohort.step([TASK.batch(generator, 4) for generator in generators]) for _ in range(12)]).cpu())
-        assert cohort.wanted == graph
-    assert torch.allclose(*losses, atol=1e-3) and len(losses[0][-1].unique()) == 3
+    (told, _), (replayed, cohort) = on_gpu(False), on_gpu(True)
+    assert cohort.wanted and torch.allclose(told, replayed, atol=1e-3) and len(told[-1].unique()) == 3
+
+
+@pytest.mark.gpu
+def test_a_recording_that_ends_in_one_of_several_models_leaves_eager_steps(monkeypatch):
+    forward = GPT.forward
+
+    def asking(self, *args):
+        loss = forward(self, *args)
+        if torch.cuda.is_current_stream_capturing():
+            loss.item()
+        return loss
+
+    monkeypatch.setattr(GPT, "forward", asking)
+    (told, _), (went_on, cohort) = on_gpu(False), on_gpu(True)
+    assert not cohort.wanted and torch.allclose(told, went_on, atol=1e-3)
+    for stream in (*cohort._streams, torch.cuda.default_stream()):
+        with torch.cuda.stream(stream):
+            assert not torch.cuda.is_current_stream_capturing()
 
 
 def test_a_run_ends_early_at_the_accuracy_asked_for(tmp_path):

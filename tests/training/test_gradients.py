@@ -1,6 +1,10 @@
 """Replayed micro-batches are the ordinary ones: same gradients, same losses, same lives of experts, whatever changes between steps."""
 
 import contextlib
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,13 +14,16 @@ from bio_inspired_nanochat.checkpoint import load_checkpoint
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
+from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.structural import Ledger
-from bio_inspired_nanochat.training import gradients, loop, train
-from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
-from bio_inspired_nanochat.training.job import Objective
-from bio_inspired_nanochat.training.plan import make_plan
+from bio_inspired_nanochat.training import Callback, gradients, loop, pace, train
+from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients, capture, reason
+from bio_inspired_nanochat.training.job import Job, Objective
+from bio_inspired_nanochat.training.pace import measure
+from bio_inspired_nanochat.training.plan import graph_setting, make_plan
 from tests.phantom import NoCopies, phantom_gpu
 from tests.training.ranks import LIVING
+from tests.training.tape import Tape, Taped
 from tests.training.tiny import small
 
 CPU = torch.device("cpu")
@@ -25,58 +32,24 @@ KINDS = {
     "experts": LIVING | {"eval_every": 5},
     "experts, accumulated": LIVING | {"total_batch_size": 4 * 32 * 3},
     "random release": {"synapses": True, "syn_cfg": SynapticConfig.preset("full"), "total_batch_size": 4 * 32 * 2, "num_iterations": 8},
+    "documents, clipped": {
+        "synapses": True,
+        "doc_mask": True,
+        "optim": OptimConfig(grad_clip=0.3),
+        "total_batch_size": 4 * 32 * 3,
+        "num_iterations": 8,
+        "eval_every": 3,
+    },
+    "dropout, asleep at times": {
+        "synapses": True,
+        "syn_cfg": SynapticConfig.preset("memory"),
+        "dropout": 0.2,
+        "init": "rule30",
+        "value_embeds": False,
+        "num_iterations": 9,
+        "consolidate_every": 4,
+    },
 }
-
-
-class Tape:
-    """A CUDA graph for CPUs: `replay` does again what was recorded, with inputs, results and gradients in the same memory."""
-
-    played = 0
-
-    def __init__(self, run, leaves) -> None:
-        self.run, self.leaves = run, leaves
-        self.fresh = [leaf.grad is None for leaf in leaves]
-        self.made = run()
-        self.grads = [leaf.grad for leaf in leaves]
-        for grad in self.grads:
-            if grad is not None:
-                grad.fill_(torch.nan)  # a recording computes nothing
-
-    def replay(self) -> None:
-        Tape.played += 1
-        for leaf, fresh, grad in zip(self.leaves, self.fresh, self.grads, strict=True):
-            leaf.grad = None if fresh else grad
-        loss, routing = self.run()
-        self.made[0].copy_(loss)
-        for held, found in zip(self.made[1], routing, strict=True):
-            for mine, new in zip(held, found, strict=True):
-                mine.copy_(new)
-        for leaf, grad in zip(self.leaves, self.grads, strict=True):
-            if grad is not None and grad is not leaf.grad:
-                grad.copy_(leaf.grad)
-            leaf.grad = None
-
-
-class Taped(Gradients):
-    """Gradients that record on a CPU."""
-
-    def __init__(self, engine, keeper, plan) -> None:
-        super().__init__(engine, keeper, plan)
-        self.wanted = True
-
-    def _record(self, batch) -> None:
-        leaves = [*self.engine.model.parameters(), *([] if self.keeper is None else self.keeper.taps())]
-
-        def capture(run):
-            tape = Tape(run, leaves)
-            return tape, tape.made
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gradients, "capture", capture)
-            super()._record(batch)
-
-    def _aside(self):
-        return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,6 +65,64 @@ def test_replayed_steps_train_the_same_model(tmp_path, monkeypatch, kind):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     if "splitmerge_every" in KINDS[kind]:
         assert told["lineage_events"] > 0
+
+
+def test_a_run_that_stops_and_resumes_replays_the_same_steps(tmp_path, monkeypatch):
+    changes = LIVING | {"dropout": 0.1}
+    told = train(small(tmp_path / "a", **changes))
+    monkeypatch.setattr(loop, "Gradients", Taped)
+    monkeypatch.setattr(Tape, "played", 0)
+    train(small(tmp_path / "b", **changes, stop_after=5))
+    resumed = train(small(tmp_path / "b", **changes, resume="auto"))
+    assert resumed["resumed_from"] == 5 and Tape.played == 10 - 2 * WARM_RUNS
+    ours, theirs = (load_checkpoint(record["checkpoint"]).model for record in (resumed, told))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Watched(Taped):
+    """Notes what is held by those that are in training."""
+
+    living: ClassVar[list[Gradients]] = []
+
+    def __init__(self, engine, keeper, plan) -> None:
+        super().__init__(engine, keeper, plan)
+        self.living.append(self)
+
+
+@pytest.fixture
+def held(monkeypatch) -> dict[str, list[bool]]:
+    """By what needs memory beside a step: whether a recording held that of a step each time."""
+    found: dict[str, list[bool]] = {}
+
+    def watch(place, name):
+        plain = getattr(place, name)
+
+        def called(*args, **kwargs):
+            found.setdefault(name, []).append(Watched.living[-1].holds)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, called)
+
+    for place, name in ((GPT, "token_losses"), (loop, "sleep_on"), (Job, "sample")):
+        watch(place, name)
+    monkeypatch.setattr(Watched, "living", [])
+    monkeypatch.setattr(Tape, "played", 0)
+    for module in (loop, pace):
+        monkeypatch.setattr(module, "Gradients", Watched)
+    return found
+
+
+def test_a_recording_gives_its_memory_to_whatever_needs_that_of_a_step(tmp_path, held):
+    train(small(tmp_path / "a", **LIVING, eval_every=5), [Callback()])
+    assert True not in held["token_losses"] and len(held["token_losses"]) > 2 * 2 and Tape.played > 2
+    fast = {"synapses": True, "syn_cfg": SynapticConfig.preset("memory"), "consolidate_every": 5, "sample_every": 7, "num_iterations": 8}
+    train(small(tmp_path / "b", **fast, eval_tokens=0), [Callback()])
+    assert held["sleep_on"] == [False] and held["sample"] == [False, False]
+
+
+def test_pace_is_measured_without_a_recording_beside_the_evaluation(tmp_path, held):
+    measure(make_plan(small(tmp_path), CPU, 1), CPU, 5.0)
+    assert Tape.played > 0 and len(held["token_losses"]) > 1 and True not in held["token_losses"]
 
 
 class Places:
@@ -143,6 +174,83 @@ def test_a_recording_that_fails_leaves_ordinary_steps_and_one_notice(tmp_path, m
     assert capsys.readouterr().out.count("notice: steps are not replayed as a CUDA graph") == 1
 
 
+def test_a_recording_ends_with_its_run(tmp_path, monkeypatch):
+    """At once, and not when the garbage collector comes by: the next model of the process needs the memory."""
+    runs: list[weakref.ref] = []
+
+    class Noted(Gradients):
+        def __init__(self, engine, keeper, plan) -> None:
+            super().__init__(engine, keeper, plan)
+            runs.extend(map(weakref.ref, (self, engine.model)))
+
+    monkeypatch.setattr(loop, "Gradients", Noted)
+    gc.disable()
+    try:
+        train(small(tmp_path, **LIVING))
+        assert [run() for run in runs] == [None, None]
+    finally:
+        gc.enable()
+
+
+class Refused:
+    """What PyTorch has of a GPU that refuses to record: whether the recording is over then, or only CUDA's part of it."""
+
+    def __init__(self, monkeypatch, over: bool) -> None:
+        self.said: list[str] = []
+        self.streams = [0]
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+        for name, value in (("graph_pool_handle", (0, 7)), ("current_device", 0)):
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(
+            torch.cuda, "default_generators", [SimpleNamespace(graphsafe_set_state=self.said.append, clone_state=lambda: "drawn")]
+        )
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
+        monkeypatch.setattr(torch.cuda, "stream", self._stream)
+        monkeypatch.setattr(torch.cuda, "graph", self._graph)
+
+        def end(device, pool) -> None:
+            if over:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            self.said.append(f"end {pool}")
+
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.said.append(f"release {pool}"))
+
+    @contextlib.contextmanager
+    def _stream(self, stream):
+        before = list(self.streams)
+        try:
+            yield
+        finally:
+            self.streams = before
+
+    @contextlib.contextmanager
+    def _graph(self, graph, pool, capture_error_mode):
+        assert (graph, pool, capture_error_mode) == ("graph", (0, 7), "thread_local")
+        self.streams.append(1)
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_recording_that_cuda_ends_leaves_streams_memory_and_random_numbers_as_they_were(monkeypatch, over):
+    gpu = Refused(monkeypatch, over)
+
+    def run() -> None:
+        try:
+            raise KeyError("not made yet")
+        except KeyError:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore") from None
+
+    with pytest.raises(RuntimeError, match="previous error") as failed:
+        capture(run)
+    assert gpu.streams == [0]
+    assert gpu.said == ([] if over else ["end (0, 7)", "release (0, 7)", "drawn"]), "memory is given back once: by the graph, or here"
+    assert reason(failed.value) == "operation not permitted when stream is capturing"
+
+
 STEPS = {
     "vanilla": {},
     "default": {"synapses": True},
@@ -151,6 +259,7 @@ STEPS = {
     "vesicles": {"synapses": True, "syn_cfg": SynapticConfig(stochastic_train_frac=0.3, stochastic_mode="gumbel_sigmoid_ste")},
     "proteins": {"synapses": True, "syn_cfg": SynapticConfig(genome="proteins")},
     "documents": {"synapses": True, "doc_mask": True},
+    "plain documents": {"doc_mask": True, "dropout": 0.1, "window_pattern": "SL"},
     "experts": {"synapses": True, "num_experts": 4, "syn_cfg": SynapticConfig(nmda=True, snare_codes=True, vesicle_output=True)},
     "plain experts": {"num_experts": 4},
 }
@@ -176,3 +285,4 @@ def test_asking_for_a_graph_where_there_is_none_is_an_error(tmp_path, world, nam
     with pytest.raises(UserError, match=f"graph=1 is for one process on CUDA, and this is {named}"):
         make_plan(small(tmp_path, graph="1"), CPU, world)
     assert make_plan(small(tmp_path), CPU, world).config.graph == "0"
+    assert graph_setting("auto", torch.device("cuda"), world) == str(int(world == 1))

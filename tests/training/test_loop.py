@@ -11,9 +11,10 @@ import torch
 
 from bio_inspired_nanochat.config import SynapticConfig
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.training import Callback, train
+from bio_inspired_nanochat.training import Callback, loop, train
 from bio_inspired_nanochat.training.loop import Trainer
 from tests.training import ranks, tiny
+from tests.training.tape import Taped
 from tests.training.tiny import small
 
 LINE = re.compile(
@@ -160,13 +161,17 @@ def test_the_learning_rate_falls_with_the_time_that_is_left():
     assert trainer._schedule_step(30) == 700
 
 
-def test_memory_that_runs_out_is_one_line_with_a_batch_size_that_fits():
+@pytest.mark.parametrize(("rows", "replayed"), [(8, False), (8, True), (1, True)])
+def test_memory_that_runs_out_is_one_line_with_what_would_fit(monkeypatch, rows, replayed):
     def full(_):
         torch.empty(10**15)
 
-    trainer = Trainer(ranks.job(ranks.ALONE, 8, num_iterations=3), [After(1, full)])
-    with pytest.raises(UserError, match="out of memory on cpu with --device_batch_size=8: use --device_batch_size=4"):
+    monkeypatch.setattr(loop, "Gradients", Taped if replayed else loop.Gradients)
+    trainer = Trainer(ranks.job(ranks.ALONE, rows, total=rows, num_iterations=6), [After(5, full)])
+    smaller = "--device_batch_size=4 (" if rows > 1 else "a shorter --max_seq_len"
+    with pytest.raises(UserError, match="out of memory on cpu") as ended:
         trainer.run()
+    assert f"use {smaller}" in str(ended.value) and ("or --graph=0" in str(ended.value)) == replayed
 
 
 def test_other_errors_pass_and_close_the_callbacks(tmp_path):

@@ -17,11 +17,13 @@ from bio_inspired_nanochat.data.rows import RowLoader, Transcript
 from bio_inspired_nanochat.engine import Message, load, render, transcript
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.training import Callback, TuneConfig, train, tune
+from bio_inspired_nanochat.training import Callback, TuneConfig, loop, train, tune
+from bio_inspired_nanochat.training.gradients import WARM_RUNS
 from bio_inspired_nanochat.training.tune import alignment, conversations
 from scripts import base_train, chat_cli, chat_sft
 from tests.contract import SIZES, make_model
 from tests.engine.speakers import tokenizer
+from tests.training.tape import Tape, Taped
 from tests.training.tiny import small
 
 KINDS = {
@@ -181,6 +183,20 @@ def test_accumulated_forwards_weigh_as_one_batch(home, tmp_path):
     assert whole.losses[-1] < whole.losses[0]
 
 
+@pytest.mark.parametrize("kind", ["synaptic", "experts"])
+def test_replayed_steps_tune_the_same_model(home, tmp_path, monkeypatch, kind):
+    """The forwards of a step hold different numbers of targets, so that each has a share of its own."""
+    batch = {"device_batch_size": 1, "total_batch_size": 3 * 16, "max_seq_len": 16, "eval_every": 3}
+    told = tune(tuning(home, tmp_path / "a", kind, **batch))
+    assert load_checkpoint(told["checkpoint"]).meta["train_config"]["graph"] == "0", "auto is decided: this is no GPU"
+    monkeypatch.setattr(loop, "Gradients", Taped)
+    monkeypatch.setattr(Tape, "played", 0)
+    replayed = tune(tuning(home, tmp_path / "b", kind, **batch))
+    assert Tape.played == 3 * 6 - WARM_RUNS
+    ours, theirs = (load_checkpoint(record["checkpoint"]).model for record in (replayed, told))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_stopping_and_resuming_changes_no_bit(home, tmp_path):
     whole, split = First(), First()
     one = tune(tuning(home, tmp_path / "a", "fast"), [whole])
@@ -223,6 +239,7 @@ def test_the_script_tunes_and_the_model_answers_as_source_sft(home, tmp_path, mo
         (["--source=nowhere"], "--source=nowhere does not exist"),
         (["--resume=7"], "resume=7"),
         (["--lr_scale=-1"], "--lr_scale=-1"),
+        (["--graph=1"], "graph=1 is for one process on CUDA, and this is device=cpu"),
     ],
 )
 def test_the_script_refuses_in_one_line(home, tmp_path, capsys, words, said):

@@ -63,11 +63,12 @@ class Recording:
 def recording(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[Recording]:
     recorded: list[Recording] = []
 
-    @contextlib.contextmanager
-    def graph(_: Recording, **options: str):
-        yield
+    def capture(run):
+        tape = Recording(recorded)
+        made = run()
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return tape, made
 
     def wanted(self: Gradients, model: Stack, graph: bool) -> None:
         plain(self, model, graph)
@@ -76,8 +77,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[Reco
     plain = Gradients.__init__
     monkeypatch.setattr(Gradients, "__init__", wanted)
     monkeypatch.setattr(Gradients, "_aside", lambda self: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(recorded))
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(steps, "capture", capture)
     return recorded
 
 
@@ -102,6 +102,21 @@ def test_a_replayed_step_trains_as_an_eager_one(monkeypatch: pytest.MonkeyPatch)
     assert len(recorded) == 1 and recorded[0].replays == STEPS - steps.WARM_RUNS
     for name, weight in found.items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_of_a_population_is_the_step(capsys) -> None:
+    def on_gpu(seed: int):
+        return task_rows(TASK, torch.Generator("cuda").manual_seed(seed), 4)
+
+    losses = []
+    for graph in (False, True):
+        stack = population("cuda", hebb="delta", rank_eligibility=4)
+        for _ in train(stack, by_seed([0, 1], on_gpu), STEPS, STEPS, OPTIM, graph):
+            pass
+        losses.append(stack.losses(*next(by_seed([2, 3], on_gpu))).detach().cpu())
+    assert "not replayed" not in capsys.readouterr().out
+    assert torch.allclose(*losses, atol=1e-3) and losses[0][0] != losses[0][1]
 
 
 def test_a_recording_that_fails_is_said_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
