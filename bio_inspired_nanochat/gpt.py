@@ -175,7 +175,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def logits(self, idx: Tensor) -> Tensor:
-        """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input."""
+        """Logits [B, T, V] float32 of token ids idx [B, T]. Raises UserError on an empty input and on ids of no token."""
+        self.embed.check(idx)
         return self._logits(self._trunk(idx))
 
     def _trunk(
@@ -187,7 +188,6 @@ class GPT(nn.Module):
         probes: Sequence[Probe] | None = None,
     ) -> Tensor:
         """The residual stream after the last block, [B, T, n_embd]; `records` and `routing` get one entry per layer."""
-        self._check_ids(idx)
         positions = torch.arange(idx.shape[1], device=idx.device)[None]
         x0 = self._embed(idx)
         x = x0.clone()  # were it x0 itself, the compiler would give the first layer a graph of its own
@@ -253,6 +253,8 @@ class GPT(nn.Module):
         if seed is None or not self.stochastic:
             return None
         ids = torch.arange(idx.shape[0]) if sequence_ids is None else sequence_ids
+        if ids.shape != idx.shape[:1]:
+            raise UserError(f"sequence_ids of shape {list(ids.shape)} do not fit {idx.shape[0]} sequences: give one id for each")
         return ReleaseNoise.of(ids.to(idx.device), seed, step, sample)
 
     def _pass(
@@ -264,6 +266,7 @@ class GPT(nn.Module):
         routing: bool = False,
         probes: Sequence[Probe] | None = None,
     ) -> RunOutput:
+        self.embed.check(idx, targets)
         cfg = self.config.syn_cfg
         wants_aux = self.config.synapses and cfg.presyn and targets is not None and (cfg.aux_energy or cfg.aux_pool)
         tells = self.config.synapses and (cfg.presyn or cfg.hebb != "off")
@@ -299,6 +302,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def course(self, idx: Tensor) -> list[dict[str, Any]]:
         """What the terminals of every layer did over idx [B, T]: calcium, vesicles, bias, released, ... [B, H, N, T] by tick."""
+        self.embed.check(idx)
         records: list[dict[str, Any]] = []
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
             self._trunk(idx, records=records)
@@ -309,8 +313,9 @@ class GPT(nn.Module):
 
         An evaluation is shorter than another compilation; without a compiled model asking for eager would load the compiler.
         """
+        self.embed.check(idx, targets)
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            logits = self.logits(idx)
+            logits = self._logits(self._trunk(idx))
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
         return losses.view_as(targets)
 
@@ -348,7 +353,7 @@ class GPT(nn.Module):
         `lengths` [B] says how many tokens of each row are real (1..t); the rest is right padding, changes nothing, and its
         logits are meaningless. Raises UserError when a row would pass the state's max_len or shapes do not match.
         """
-        self._check_ids(idx)
+        self.embed.check(idx)
         counts = [idx.shape[1]] * idx.shape[0] if lengths is None else [int(n) for n in lengths]
         starts = state.pos.tolist()
         self._check_step(idx, state, starts, counts)
@@ -371,10 +376,6 @@ class GPT(nn.Module):
         chunk.doc = state.doc[:, : chunk.stop]
         starts = torch.tensor(chunk.starts, device=idx.device)[:, None]
         chunk.fresh = (idx == self.config.bos_token_id) & (starts + torch.arange(idx.shape[1], device=idx.device) > 0)
-
-    def _check_ids(self, idx: Tensor) -> None:
-        if idx.dim() != 2 or idx.shape[1] == 0:
-            raise UserError(f"token ids have shape {list(idx.shape)}: expected [batch, tokens] with at least one token")
 
     def _check_step(self, idx: Tensor, state: SynapseState, starts: list[int], counts: list[int]) -> None:
         if idx.shape[0] != state.batch_size or len(counts) != state.batch_size:

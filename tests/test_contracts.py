@@ -260,6 +260,11 @@ def test_errors_of_step_name_the_value_and_the_fix(tmp_path):
         net.step(make_ids(batch=3), state)
     with pytest.raises(UserError, match="row 2"):
         state.select([2])
+    for rows in ([], [[0, 1]]):
+        with pytest.raises(UserError, match="at least one of the 2 rows"):
+            state.select(rows)
+    with pytest.raises(UserError, match="cannot be written"):
+        state.save(tmp_path / "nowhere" / "state")
     (tmp_path / "broken").write_bytes(b"not a state")
     with pytest.raises(UserError, match="cannot be read"):
         SynapseState.load(tmp_path / "broken")
@@ -267,6 +272,25 @@ def test_errors_of_step_name_the_value_and_the_fix(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         SynapseState.load(tmp_path / "damaged")
     assert state.pos.tolist() == [0, 0]
+
+
+BAD_TOKENS = {
+    r"token ids hold 50, out of bounds \[0, 49\]": lambda net, ids: net(ids + 50 - ids.max()),
+    "token ids hold -1, ": lambda net, ids: net.step(ids[:, :3] - ids[:, :3].min() - 1, net.init_state(2, 9)),
+    "token ids are torch.float32": lambda net, ids: net(ids.float()),
+    "at least one token": lambda net, ids: net(ids[:0]),
+    "targets hold -2, ": lambda net, ids: net(ids, ids - ids.min() - 2),
+    "targets hold 50, ": lambda net, ids: net.token_losses(ids, ids + 50 - ids.max()),
+    "targets are torch.int32": lambda net, ids: net(ids, ids.int()),
+    "one target per token": lambda net, ids: net(ids, ids[:, 1:]),
+    "one id for each": lambda net, ids: net.run(ids, noise_seed=0, sequence_ids=torch.arange(3)),
+}
+
+
+@pytest.mark.parametrize("said", BAD_TOKENS)
+def test_tokens_that_the_vocabulary_has_not_are_named(said):
+    with pytest.raises(UserError, match=said):
+        BAD_TOKENS[said](shared("stochastic", "plain", "reference")[0], make_ids())
 
 
 def cut(name, change):

@@ -129,10 +129,15 @@ class ChatSession:
             self._engram = self.engram()
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation (`*.json`) or the memory (any other name) to a file. Raises UserError when there is none."""
+        """Write the conversation (`*.json`) or the memory (any other name) to a file. Raises UserError when there is none, and
+        where it cannot be written.
+        """
         if str(path).endswith(".json"):
             record = {"format": _FORMAT, "messages": [{"role": m.role, "content": m.content} for m in self.messages]}
-            write_atomic(Path(path), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+            try:
+                write_atomic(Path(path), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"{path} cannot be written ({error.strerror}): name a file in a writable folder") from None
             return
         engram = self.engram()
         if engram is None:
@@ -142,10 +147,7 @@ class ChatSession:
                 else "this model has no fast weights; a name that ends in .json saves the text"
             )
             raise UserError(f"there is no memory to save: {why}")
-        try:
-            engram.save(path)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be written: {error}") from None
+        engram.save(path)
 
     def load(self, path: str | Path) -> None:
         """Begin a new conversation from a file that `save` wrote: its text, or its memory. Raises UserError for any other file."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
 from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
 from bio_inspired_nanochat.synaptic.linear import rms_norm
@@ -39,6 +40,26 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Fill nothing: on the meta device the default would load the whole compiler."""
+
+    def check(self, idx: Tensor, targets: Tensor | None = None) -> None:
+        """Raise UserError unless idx [B, T] are token ids of this table, and targets [B, T], if any, such ids or -1.
+
+        Values are looked at on a CPU alone; elsewhere the host would have to wait for them.
+        """
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise UserError(f"token ids have shape {list(idx.shape)}: expected [batch, tokens] with at least one token")
+        if targets is not None and targets.shape != idx.shape:
+            raise UserError(f"targets have shape {list(targets.shape)}, token ids {list(idx.shape)}: give one target per token")
+        for name, ids, low, types in (("token ids", idx, 0, (torch.int64, torch.int32)), ("targets", targets, -1, (torch.int64,))):
+            if ids is None:
+                continue
+            if ids.dtype not in types:
+                raise UserError(f"{name} are {ids.dtype}: expected torch.long")
+            if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+                least, most = (int(end) for end in ids.aminmax())
+                if least < low or most >= self.num_embeddings:
+                    bad = least if least < low else most
+                    raise UserError(f"{name} hold {bad}, out of bounds [{low}, {self.num_embeddings - 1}] of this vocabulary")
 
 
 class ValueEmbedding(nn.Module):

@@ -67,9 +67,9 @@ class Engram:
         return Engram(self.layout, [{name: value[row : row + 1].clone() for name, value in tensors.items()} for tensors in self.layers])
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file."""
-        tensors = {f"layers.{i}.{name}": value.contiguous().cpu() for i, parts in enumerate(self.layers) for name, value in parts.items()}
-        save_file(tensors, str(path), metadata={"format": FORMAT, "layout": self.layout})
+        """Write it to one safetensors file. Raises UserError where that cannot be done."""
+        tensors = {f"layers.{i}.{name}": value for i, parts in enumerate(self.layers) for name, value in parts.items()}
+        write_tensors(path, tensors, {"format": FORMAT, "layout": self.layout})
 
     @classmethod
     def load(cls, path: str | Path, device: device | str = "cpu") -> Engram:
@@ -86,6 +86,14 @@ class Engram:
             if modes != json.loads(found.layout)["modes"] or whole != [set(parts) for parts in layers]:
                 raise ValueError("its tensors are not those of its layout")
             return found
+
+
+def write_tensors(path: str | Path, tensors: Tensors, meta: dict[str, str]) -> None:
+    """Write tensors of any device to one safetensors file. Raises UserError where that cannot be done."""
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, str(path), metadata=meta)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}): name a file in a writable folder") from None
 
 
 def read_tensors(path: str | Path, form: str, what: str, fix: str) -> tuple[dict[str, str], dict[str, Tensor]]:

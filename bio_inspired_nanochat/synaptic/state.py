@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.kernels import ReleaseNoise
-from bio_inspired_nanochat.synaptic.engram import Engram, check_shapes, read_tensors
+from bio_inspired_nanochat.synaptic.engram import Engram, check_shapes, read_tensors, write_tensors
 
 FORMAT = "bio_inspired_nanochat.state"
 FAST, EXPERTS = "fast.", "experts."  # begin the names of the tensors of fast weights and of experts
@@ -273,8 +272,10 @@ class SynapseState:
         return {name: value for name, value in own.items() if value is not None} | named
 
     def select(self, rows: list[int] | Tensor) -> SynapseState:
-        """A copy with the given rows, in that order; a row may be taken several times. Raises UserError for a row that it does not have."""
+        """A copy with the given rows, in that order; a row may be taken several times. Raises UserError for none, and for one that it has not."""
         index = torch.as_tensor(rows, dtype=torch.long)
+        if index.ndim != 1 or not len(index):
+            raise UserError(f"rows of shape {list(index.shape)} choose nothing: give a list of at least one of the {self.batch_size} rows")
         bad = index[(index < 0) | (index >= self.batch_size)]
         if len(bad):
             raise UserError(f"row {int(bad[0])} is out of bounds [0, {self.batch_size - 1}] of this state")
@@ -297,9 +298,9 @@ class SynapseState:
         return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc, key)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file."""
+        """Write the state to one safetensors file. Raises UserError where that cannot be done."""
         meta = {"format": FORMAT, "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
-        save_file({name: value.contiguous().cpu() for name, value in self._tensors().items()}, str(path), metadata=meta)
+        write_tensors(path, self._tensors(), meta)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SynapseState:

@@ -245,6 +245,8 @@ def test_memory_survives_in_a_file(tmp_path):
     session = ChatSession(loaded)
     say(session, "the king said to his old friend", 20)
     session.save(tmp_path / "memory.safetensors")
+    with pytest.raises(UserError, match="cannot be written"):
+        session.save(tmp_path / "nowhere" / "memory.safetensors")
     session.reset()
     expected = say(session, "the river", 20)
     other = ChatSession(loaded)
@@ -260,6 +262,8 @@ def test_a_conversation_survives_in_a_file(tmp_path):
     session = ChatSession(speaker())
     say(session, "the king")
     session.save(tmp_path / "talk.json")
+    with pytest.raises(UserError, match="cannot be written"):
+        session.save(tmp_path / "talk.json" / "below_a_file.json")
     other = ChatSession(speaker())
     other.load(tmp_path / "talk.json")
     assert other.messages == session.messages
