@@ -129,7 +129,7 @@ def priming_step(primed: Tensor, spent: Tensor, use: Tensor, supply: Tensor, nsf
     leave, fill, free = c * use, c * supply, 1 + c * nsf
     primed = (primed + fill - fill * spent / free) / (1 + fill + leave + fill * leave / free)
     spent = (spent + leave * primed) / free
-    return primed, spent, fill * (1 - primed - spent)
+    return primed, spent, torch.clamp(fill * (1 - primed - spent), min=0.0)  # against rounding, which would give energy
 
 
 def leak(pool: Tensor, inflow: Tensor, rate: Tensor, c: int) -> tuple[Tensor, Tensor]:

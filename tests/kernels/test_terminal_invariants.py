@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bio_inspired_nanochat.kernels import PresynState, presyn, presyn_bias, presyn_step
+from bio_inspired_nanochat.registry import config_with
 from tests.contract import make_ids, make_model
 from tests.kernels.terminals import (
     CONFIGS,
@@ -13,6 +14,7 @@ from tests.kernels.terminals import (
     adversarial,
     constant,
     course,
+    kinetics,
     make,
     rest,
     silence,
@@ -74,6 +76,16 @@ def test_the_bias_is_finite_and_within_its_limit(attacked):
     for state in states[::5]:
         assert torch.isfinite(presyn_bias(state, params)).all()
         assert params.beta_max == 0 or presyn_bias(state, elementwise).abs().max() <= params.beta_max
+
+
+def test_assembling_what_is_nearly_assembled_gives_no_energy():
+    """A tick far longer than priming takes multiplies the rounding of the free share: it must never count as energy gained."""
+    fields = {"tick": 1024, "tau_prime": 0.25, "tau_nsf": 1024.0, "energy_cost_rel": 0.0, "energy_cost_pump": 0.0}
+    params = kinetics(config_with("energy", "priming", **fields), dtype=torch.float32, spread=0.0)
+    drive = 10 ** (6 * torch.rand(300, 64, generator=torch.Generator().manual_seed(0)) - 2)
+    drive[torch.rand(300, 64, generator=torch.Generator().manual_seed(1)) < 0.5] = 0.0
+    states, _ = course(params, drive)
+    assert trace(states, "energy").max() <= 1
 
 
 @over([case for case in GRID if CONFIGS[case[0]].reserve])
