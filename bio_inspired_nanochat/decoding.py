@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bio_inspired_nanochat.common import capture, reason
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.kernels.scan import on_triton
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from bio_inspired_nanochat.kernels.decode_triton import TokenSite
 
 WARM_RUNS = 2  # before a capture: kernels are compiled and libraries make their workspaces
+
+
+class NotRecorded(RuntimeError):
+    """A step could not be recorded as a CUDA graph, for the reason in the message; the state is as it was."""
 
 
 class _Token:
@@ -144,7 +149,7 @@ class GraphDecoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """Read token ids [B] and return logits [B, V] float32; the state advances in place."""
+        """Read token ids [B] and return logits [B, V] float32; the state advances in place. Raises NotRecorded, before it does."""
         state, starts = self.state, self.state.pos.tolist()
         if ids.shape != (state.batch_size,):
             raise UserError(f"token ids have shape {list(ids.shape)}: this state needs [{state.batch_size}], one per sequence")
@@ -183,10 +188,10 @@ class GraphDecoder:
                     self._positions.fill_(-1)
                     self._read(ends)
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._read(ends)
-        return graph, logits
+            try:
+                return capture(lambda: self._read(ends))
+            except RuntimeError as error:
+                raise NotRecorded(reason(error)) from error
 
 
 def _site(attn: CausalSelfAttention) -> TokenSite:

@@ -7,9 +7,11 @@ import torch
 
 from bio_inspired_nanochat.benchmarks.decoding import Decoding
 from bio_inspired_nanochat.config import SynapticConfig
-from bio_inspired_nanochat.decoding import GraphDecoder, _Reader, _Token, graph_obstacle
-from bio_inspired_nanochat.engine import generate_batch
+from bio_inspired_nanochat.decoding import GraphDecoder, NotRecorded, _Reader, _Token, graph_obstacle
+from bio_inspired_nanochat.engine import generate_batch, generation
+from bio_inspired_nanochat.engine.generation import Stepper
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.registry import MECHANISMS, config_with
 from tests import contract
 from tests.contract import EXPERTS, make_ids, make_model
@@ -236,6 +238,42 @@ def test_a_long_context_on_the_gpu():
         for at in range(2980, 3000):
             close(decoder.step(ids[:rows, at]), model.step(ids[:rows, at : at + 1], ordinary)[:, 0], 1e-4)
         assert off(captured, ordinary) <= 1e-4
+
+
+def test_a_step_that_cannot_be_recorded_is_an_ordinary_one(monkeypatch, capsys):
+    class Refused:
+        def __init__(self, model, state) -> None:
+            self.state = state
+
+        def step(self, ids):
+            raise NotRecorded("operation not permitted when stream is capturing")
+
+    model = make_model("default")
+    prompt, state = read(model)
+    monkeypatch.setattr(generation, "GraphDecoder", Refused)
+    monkeypatch.setattr(generation, "graph_obstacle", lambda *_: None)
+    logits = []
+    for graph in (False, True):
+        stepper = Stepper(model, state.clone())
+        stepper._graph = graph
+        logits.append(torch.stack([stepper.step([5] * len(prompt), 50) for _ in range(3)]))
+    assert torch.equal(*logits) and not stepper._graph and model in generation._REFUSED
+    assert capsys.readouterr().out.count("notice: tokens are not decoded by a CUDA graph") == 1
+
+
+@pytest.mark.gpu
+def test_a_refused_recording_leaves_the_text_as_it_is_and_is_said_once(monkeypatch, capsys):
+    model, plain = make_model("default", n_head=2, n_kv_head=1).to("cuda"), GPT._logits
+
+    def asking(self, x):
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return plain(self, x)
+
+    monkeypatch.setattr(GPT, "_logits", asking)
+    said = [list(generate_batch(model, [[1, 2, 3], [5]], 50, temperature=1.0, graph=graph)) for graph in (True, False, True)]
+    assert said[0] == said[1] == said[2]
+    assert capsys.readouterr().out.count("notice: tokens are not decoded by a CUDA graph") == 1
 
 
 @pytest.mark.gpu

@@ -4,12 +4,14 @@ from bio_inspired_nanochat.common.collective import cut_like, fill, is_cut, loca
 from bio_inspired_nanochat.common.console import progress, say, table
 from bio_inspired_nanochat.common.device import Rank, compute_dtype, pick_device, this_rank
 from bio_inspired_nanochat.common.files import base_dir, print_json_line, sha256_file, write_atomic
+from bio_inspired_nanochat.common.graphs import capture, reason
 from bio_inspired_nanochat.common.host import to_host
 from bio_inspired_nanochat.common.seeding import generator_for, stable_hash
 
 __all__ = [
     "Rank",
     "base_dir",
+    "capture",
     "compute_dtype",
     "cut_like",
     "fill",
@@ -19,6 +21,7 @@ __all__ = [
     "pick_device",
     "print_json_line",
     "progress",
+    "reason",
     "say",
     "several",
     "sha256_file",

@@ -12,13 +12,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.checkpoint import find_checkpoint, load_checkpoint
-from bio_inspired_nanochat.common import base_dir, compute_dtype, generator_for
-from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
+from bio_inspired_nanochat.common import base_dir, compute_dtype, generator_for, say
+from bio_inspired_nanochat.decoding import GraphDecoder, NotRecorded, graph_obstacle
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import SynapseState
@@ -27,6 +28,7 @@ from bio_inspired_nanochat.tokenizer import Tokenizer
 Finish = Literal["", "stop", "length", "context", "cancelled"]
 TUNED_FOLDER = "sft_checkpoints"  # under the base folder, beside `checkpoints`, where base_train writes
 WORTH_CAPTURING = 32  # new tokens: a capture takes as long as some ordinary steps
+_REFUSED: WeakSet[GPT] = WeakSet()  # models whose step could not be recorded: said once, not tried again
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Stepper:
 
     def __init__(self, model: GPT, state: SynapseState, graph: bool = True) -> None:
         self.model, self.state = model, state
-        self._graph = graph and next(model.parameters()).is_cuda
+        self._graph = graph and next(model.parameters()).is_cuda and model not in _REFUSED
         self._decoder: GraphDecoder | None = None
 
     @torch.no_grad()
@@ -132,7 +134,14 @@ class Stepper:
         """Logits [B, V] after one more token per row; the state advances in place."""
         idx = torch.tensor(tokens, device=next(self.model.parameters()).device)
         decoder = self._captured(budget) if self._graph else None
-        return self.model.step(idx[:, None], self.state)[:, -1] if decoder is None else decoder.step(idx)
+        if decoder is not None:
+            try:
+                return decoder.step(idx)
+            except NotRecorded as error:
+                say(f"notice: tokens are not decoded by a CUDA graph, which may be slower ({error})")
+                self._graph = False
+                _REFUSED.add(self.model)
+        return self.model.step(idx[:, None], self.state)[:, -1]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""

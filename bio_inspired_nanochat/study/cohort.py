@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import say
+from bio_inspired_nanochat.common import capture, reason, say
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig, build_optimizer
-from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture, reason
+from bio_inspired_nanochat.training.gradients import WARM_RUNS
 
 Batch = tuple[Tensor, ...]
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import say
+from bio_inspired_nanochat.common import capture, reason, say
 from bio_inspired_nanochat.synaptic import Routing
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.parallel import Engine
@@ -149,42 +149,3 @@ class _Recording:
             leaf.grad = grad
         routing = [Routing(*(part.clone() for part in found)) for found in self._routing] if self._keeps else self._routing
         return self._loss.clone(), routing
-
-
-def capture(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of what `run` launches, which is not executed yet, and what it returned.
-
-    RuntimeError where it cannot be recorded; streams, memory and random numbers are then as before.
-    """
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    mode = {"pool": pool, "capture_error_mode": "thread_local"}  # other threads load data meanwhile
-    try:
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **mode):
-            made = run()
-    except BaseException:
-        _abandon(pool)
-        raise
-    return graph, made
-
-
-def _abandon(pool: Any) -> None:
-    """Undo what PyTorch does not undo where CUDA itself has ended a recording into `pool`.
-
-    The allocator would go on recording, which keeps it from ever returning memory, and would hold the memory of the pool, which is that
-    of a step. Older versions of PyTorch would also refuse to draw random numbers.
-    """
-    device = torch.cuda.current_device()
-    try:
-        torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:
-        return  # the recording had an end, so the graph returns its memory itself: a second time would be fatal
-    torch._C._cuda_releasePool(device, pool)
-    generator = torch.cuda.default_generators[device]
-    generator.graphsafe_set_state(generator.clone_state())
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong first, in one line: the end of a recording complains about whatever failed in it."""
-    while isinstance(error.__context__, RuntimeError):
-        error = error.__context__
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import say
+from bio_inspired_nanochat.common import capture, reason, say
 from bio_inspired_nanochat.optim import OptimConfig, Optimizer
 from bio_inspired_nanochat.tasks.memory import MemoryTask
-from bio_inspired_nanochat.training.gradients import WARM_RUNS, capture, reason
+from bio_inspired_nanochat.training.gradients import WARM_RUNS
 from bio_inspired_nanochat.tuning.stack import Single, Stack
 
 Batch = tuple[Tensor, Tensor]

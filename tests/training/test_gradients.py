@@ -1,9 +1,7 @@
 """Replayed micro-batches are the ordinary ones: same gradients, same losses, same lives of experts, whatever changes between steps."""
 
-import contextlib
 import gc
 import weakref
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,7 +15,7 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.structural import Ledger
 from bio_inspired_nanochat.training import Callback, gradients, loop, pace, train
-from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients, capture, reason
+from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
 from bio_inspired_nanochat.training.job import Job, Objective
 from bio_inspired_nanochat.training.pace import measure
 from bio_inspired_nanochat.training.plan import graph_setting, make_plan
@@ -190,65 +188,6 @@ def test_a_recording_ends_with_its_run(tmp_path, monkeypatch):
         assert [run() for run in runs] == [None, None]
     finally:
         gc.enable()
-
-
-class Refused:
-    """What PyTorch has of a GPU that refuses to record: whether the recording is over then, or only CUDA's part of it."""
-
-    def __init__(self, monkeypatch, over: bool) -> None:
-        self.said: list[str] = []
-        self.streams = [0]
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
-        for name, value in (("graph_pool_handle", (0, 7)), ("current_device", 0)):
-            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-        monkeypatch.setattr(
-            torch.cuda, "default_generators", [SimpleNamespace(graphsafe_set_state=self.said.append, clone_state=lambda: "drawn")]
-        )
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
-        monkeypatch.setattr(torch.cuda, "stream", self._stream)
-        monkeypatch.setattr(torch.cuda, "graph", self._graph)
-
-        def end(device, pool) -> None:
-            if over:
-                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
-            self.said.append(f"end {pool}")
-
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
-        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.said.append(f"release {pool}"))
-
-    @contextlib.contextmanager
-    def _stream(self, stream):
-        before = list(self.streams)
-        try:
-            yield
-        finally:
-            self.streams = before
-
-    @contextlib.contextmanager
-    def _graph(self, graph, pool, capture_error_mode):
-        assert (graph, pool, capture_error_mode) == ("graph", (0, 7), "thread_local")
-        self.streams.append(1)
-        try:
-            yield
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-
-@pytest.mark.parametrize("over", [False, True])
-def test_a_recording_that_cuda_ends_leaves_streams_memory_and_random_numbers_as_they_were(monkeypatch, over):
-    gpu = Refused(monkeypatch, over)
-
-    def run() -> None:
-        try:
-            raise KeyError("not made yet")
-        except KeyError:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore") from None
-
-    with pytest.raises(RuntimeError, match="previous error") as failed:
-        capture(run)
-    assert gpu.streams == [0]
-    assert gpu.said == ([] if over else ["end (0, 7)", "release (0, 7)", "drawn"]), "memory is given back once: by the graph, or here"
-    assert reason(failed.value) == "operation not permitted when stream is capturing"
 
 
 STEPS = {
