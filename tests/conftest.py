@@ -7,9 +7,13 @@ import gc
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
+# Dozens of processes import the same modules, and nobody compiled some of the packages.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Before any test module is imported, because libraries read these when they load.
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

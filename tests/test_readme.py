@@ -36,7 +36,6 @@ from tests.training.tiny import WORDS
 
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("training", "chat", "knobs", "vitals", "evaluation", "reference")))
 PACKAGE = ROOT / "bio_inspired_nanochat"
-PRELOAD = (*forked.SCRIPTS, "matplotlib.backends.backend_agg")  # which draws the pictures at the end of each training
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # set by torchrun, not by people
 
 
@@ -80,10 +79,9 @@ class Session:
         """Run a command, by default in the session's folder; its standard output. Python is a fork of a process that has imported torch,
         except for the first command."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(self.folder / "base"), "OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
         place = {"cwd": folder or self.folder, "env": environment | variables, "timeout": 240}
         if words[0] == sys.executable and self.records:
-            done = forked.run(words[1:], **place, preload=PRELOAD, python=standin.python(PRELOAD))
+            done = forked.run(words[1:], **place, python=standin.python())
         else:
             done = subprocess.run(words, **place, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(words)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
@@ -360,7 +358,7 @@ def test_the_picture_was_drawn_from_the_figures_of_the_table(tmp_path: Path) -> 
     picture = (DOCS / "results.png").read_bytes()
     assert digest in picture, "run python docs/draw_results.py"
     assert len(picture) < 150_000
-    done = forked.run(["-m", "docs.draw_results", f"--out={tmp_path / 'again.png'}"], preload=PRELOAD)
+    done = forked.run(["-m", "docs.draw_results", f"--out={tmp_path / 'again.png'}"])
     assert done.returncode == 0 and json.loads(done.stdout)["bytes"] > 10_000, done.stderr
     assert digest in (tmp_path / "again.png").read_bytes()
 
