@@ -23,6 +23,10 @@ os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 
 import pytest
 
+from tests import forked
+
+forked.run_of_the_tests()  # those that tests are handed out to inherit it
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> Iterator[None]:

@@ -3,28 +3,39 @@
 Importing torch and its compiler's front end takes four seconds of a core, which is most of what a small script takes. A fork has its
 own memory, environment, folder and exit code, so what it does ends with it. That a real interpreter comes as far as the script is
 shown by the tests that start one.
+
+Whoever of a run of the tests asks first starts the process that forks; all processes of the run share it, and it ends with the run.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+CAN = hasattr(os, "pidfd_open")  # elsewhere than on Linux these are real interpreters, which is slower
+RUN = "NANOCHAT_TESTS_RUN"  # number of the process that a run of the tests ends with, and the folder of its sockets
 # What a training run loads, some of it only when it is first needed.
 LIBRARIES = [
     "torch._dynamo",
@@ -33,6 +44,7 @@ LIBRARIES = [
     "pandas",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
+    "cma",
 ]
 SCRIPTS = (*LIBRARIES, "tyro.constructors", "rich.progress", "scripts.base_train", "scripts.tune_bio_params")
 
@@ -66,65 +78,133 @@ def run_together(
     python: str | None = None,
 ) -> list[subprocess.CompletedProcess]:
     """As `run`, but a process at the same time in each of these environments."""
+    if not CAN:
+        return _interpreters(words, environments, cwd, timeout)
     with tempfile.TemporaryDirectory() as folder:
         places = [(Path(folder, f"out{i}"), Path(folder, f"err{i}")) for i in range(len(environments))]
-        requests = [
-            {"words": list(words), "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err), "python": python}
-            for env, (out, err) in zip(environments, places, strict=True)
-        ]
-        server = _server(preload, at_import)
-        pids = json.loads(_ask(server, requests))
-        if not select.select([server.stdout], [], [], timeout)[0]:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)  # one that has ended is there, too, until the server has waited for all
-            server.stdout.readline()
+        asked, deadline = [], time.monotonic() + timeout
+        for env, written in zip(environments, places, strict=True):
+            request = {"words": list(words), "cwd": str(cwd), "env": dict(env), "python": python}
+            asked.append(_ask(server(preload, at_import), request, written))
+        codes = [_code(one, deadline) for one in asked]
+        if None in codes:
+            for one in asked:
+                one.shutdown(socket.SHUT_WR)  # ends it
+                _code(one, time.monotonic() + 60)
+        for one in asked:
+            one.close()
+        if None in codes:
             raise subprocess.TimeoutExpired(
                 list(words), timeout, *(b"".join(path.read_bytes() for path in of) for of in zip(*places, strict=True))
             )
-        codes = json.loads(server.stdout.readline())
         return [
             subprocess.CompletedProcess(list(words), code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
             for code, (out, err) in zip(codes, places, strict=True)
         ]
 
 
+def _interpreters(words: Sequence[str], environments: Sequence[Mapping[str, str]], cwd: Path, timeout: float) -> list:
+    def run(env: Mapping[str, str]) -> subprocess.CompletedProcess:
+        place = {"cwd": cwd, "env": dict(env), "timeout": timeout}
+        return subprocess.run([sys.executable, *words], **place, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(len(environments)) as pool:
+        return list(pool.map(run, environments))
+
+
+def _ask(place: Path, request: dict[str, object], written: Sequence[Path]) -> socket.socket:
+    """Have a fork started with nothing to read, which writes to these two files. The connection, over which its exit code will come."""
+    words = json.dumps(request).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(place))
+    with open(os.devnull, "rb") as nothing, written[0].open("ab") as out, written[1].open("ab") as err:
+        socket.send_fds(connection, [len(words).to_bytes(4, "big")], [stream.fileno() for stream in (nothing, out, err)])
+    connection.sendall(words)
+    assert len(connection.recv(4)) == 4, "the process that forks has ended"
+    return connection
+
+
+def _code(connection: socket.socket, deadline: float) -> int | None:
+    """The exit code of a fork, or None when it has not ended at the deadline."""
+    if not select.select([connection], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        return None
+    return int.from_bytes(connection.recv(4), "big", signed=True)
+
+
 @functools.cache
-def _server(preload: tuple[str, ...], at_import: tuple[tuple[str, str], ...]) -> subprocess.Popen:
-    """A process that forks on request, as long as this one lives."""
-    environment = {**os.environ, **dict(at_import), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.forked", *preload]
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    atexit.register(lambda: (server.stdin.close(), server.wait(timeout=60)))
-    return server
+def server(preload: tuple[str, ...] = SCRIPTS, at_import: tuple[tuple[str, str], ...] = ()) -> Path:
+    """The socket of a process that forks on request, as long as this run of the tests lasts; started where it is not there yet."""
+    owner, folder = run_of_the_tests().split(":", 1)
+    place = Path(folder, hashlib.sha256(repr((preload, at_import)).encode()).hexdigest()[:16])
+    with open(Path(folder, "lock"), "w") as lock, socket.socket(socket.AF_UNIX) as listener:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            listener.bind(str(place))
+            listener.listen(64)  # whoever comes while the modules are imported waits
+            environment = {**os.environ, **dict(at_import), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "tests.forked", owner, folder, str(listener.fileno()), *preload]
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()]
+            )
+    return place
 
 
-def _ask(server: subprocess.Popen, requests: list[dict[str, object]]) -> bytes:
-    """The first line of the answer. Nothing is read ahead, so that `select` sees whether there is a second one."""
-    server.stdin.write(json.dumps(requests).encode() + b"\n")
-    line = server.stdout.readline()
-    assert line, f"the process that forks has ended (exit code {server.wait()})"
-    return line
+def run_of_the_tests() -> str:
+    """The variable `RUN`, which every process that this one starts inherits."""
+    if RUN not in os.environ:
+        folder = tempfile.mkdtemp(prefix="warm-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[RUN] = f"{os.getpid()}:{folder}"
+    return os.environ[RUN]
 
 
-def _serve(preload: Sequence[str]) -> None:
-    """Fork for each request of a line of standard input; answer with the forks' numbers at once and with their exit codes at the end."""
+def _serve(owner: int, folder: str, number: int, preload: Sequence[str]) -> None:
+    """Fork for each that connects, until the run of the tests ends."""
     for name in preload:
         importlib.import_module(name)
     assert threading.active_count() == 1, "threads do not survive a fork"
     gc.freeze()  # a fork that collects garbage neither walks over what it was born with nor copies it
-    for line in sys.stdin:
-        pids = []
-        for request in json.loads(line):
-            pid = os.fork()
-            if pid == 0:
-                streams = ((os.devnull, os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("out", "err")))
-                become(request, [os.open(path, flags, 0o600) for path, flags in streams])
-            pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        for pid in pids:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # keeps its number until the last one has ended
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+    listener, over = socket.socket(fileno=number), os.pidfd_open(owner)
+    while over not in select.select([over, listener], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            try:
+                listener.close()
+                _attend(connection)
+            finally:
+                os._exit(1)
+        connection.close()
+        _reap()
+    _reap()
     gc.unfreeze()  # libraries look at the end for what was not freed
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reap() -> None:
+    """Let go of the attendants that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _attend(connection: socket.socket) -> None:
+    """Fork into the command that was asked for, end it where nobody waits for it any more, and tell how it ended."""
+    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    request = json.loads(connection.makefile("rb").read(int.from_bytes(head, "big")))
+    fork = os.fork()
+    if fork == 0:
+        connection.close()
+        os.setsid()
+        become(request, streams)
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(fork.to_bytes(4, "big"))
+    ended = os.pidfd_open(fork)
+    if ended not in select.select([ended, connection], [], [])[0]:
+        os.kill(fork, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+    connection.sendall(code.to_bytes(4, "big", signed=True))
+    os._exit(0)
 
 
 def become(request: dict, streams: Sequence[int]) -> None:
@@ -174,4 +254,4 @@ def _execute(kind: str, what: str, *rest: str) -> int:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    _serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

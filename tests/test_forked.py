@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -71,3 +72,23 @@ def test_nothing_of_a_fork_reaches_the_next_one(place):
     forked.run(["-c", "import os, sys; os.environ['WORD'] = sys.path[0] = 'red'; sys.modules['json'] = None"], **place, preload=())
     assert forked.run(["-c", "import os, json; print(os.environ['WORD'])"], **place, preload=()).stdout == "blue\n"
     assert os.environ.get("WORD") is None
+
+
+SERVED = "from tests import forked; print(forked.server(()), forked.run(['-c', 'print(1)'], preload=()).stdout)"
+
+
+def test_the_processes_of_a_run_share_the_one_that_forks_and_it_ends_with_the_run(place):
+    """Also when the process that started it has ended before."""
+    run = [sys.executable, "-c", SERVED]
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
+        (folder := place["cwd"] / "sockets").mkdir()
+        place["env"][forked.RUN] = f"{owner.pid}:{folder}"
+        said = [subprocess.run(run, **place, stdout=subprocess.PIPE, text=True, check=True).stdout.split() for _ in range(2)]
+        assert said[0] == said[1] and said[0][1] == "1"
+        assert len(list(folder.iterdir())) == 2, "one socket and the lock"
+        owner.communicate(b"\n")
+    for _ in range(500):
+        if not folder.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it is still there")
