@@ -23,7 +23,7 @@ PROMPT, LENGTH = 5, 12  # a tick is open at the first token; three ticks end
 contract.SYNAPSES["parts"] = dataclasses.replace(
     SynapticConfig.preset("full"), lateral_strength=0.0, barrier="linear", barrier_strength=0.5, drive="softplus"
 )
-contract.SYNAPSES["colony"] = config_with(*[name for name, mechanism in MECHANISMS.items() if mechanism.experts])
+COLONY = config_with(*[name for name, mechanism in MECHANISMS.items() if mechanism.experts], tick=TICK, tau_c=12.0, tau_rrp=24.0)
 CASES = {
     "vanilla": ("vanilla", {"sequence_len": 24, "window_pattern": "SL"}),
     "default": ("default", {"n_kv_head": 2, "n_layer": 1}),
@@ -33,7 +33,7 @@ CASES = {
     "fast weights": ("all_fast", {"n_layer": 1}),
     "latch": ("camkii_latch", {"n_layer": 1}),
     "plain experts": ("vanilla", {"n_layer": 1, **EXPERTS}),
-    "experts": ("colony", {"n_layer": 1, **EXPERTS}),
+    "experts": ("default", {"n_layer": 1, "syn_cfg": COLONY, **EXPERTS}),
 }
 
 

@@ -94,7 +94,7 @@ def params_of(preset: str):
     return module.params()
 
 
-@pytest.mark.parametrize("capability, dim, masked", [(89, 128, True), (89, 64, False), (90, 128, False)])
+@pytest.mark.parametrize("capability, dim, masked", [(89, 128, True), (90, 64, False)])
 def test_tiled_kernels_fit(capability, dim, masked):
     for kernel, constants, tile in tiled(dim, masked):
         constants = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
@@ -119,7 +119,7 @@ def test_generated_kernels_of_the_terminals_fit(preset, site, last):
         assert binary.asm["cubin"] and binary.metadata.shared <= SHARED_LIMIT
 
 
-@pytest.mark.parametrize("capability, modes, delta", [(89, 64, True), (90, 16, True), (89, 32, False)])
+@pytest.mark.parametrize("capability, modes, delta", [(89, 64, True), (90, 16, False)])
 def test_the_kernels_of_the_fast_weights_fit(capability, modes, delta):
     from bio_inspired_nanochat.kernels import fast_triton, tiles
 
