@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bio_inspired_nanochat.benchmarks.vitals import bounded_share
 from bio_inspired_nanochat.gpt import GPT, GPTConfig
 from bio_inspired_nanochat.synaptic import SynapticCausalSelfAttention, summarise
+from bio_inspired_nanochat.synaptic.block import Embedding
 from bio_inspired_nanochat.training import Callback, looks, train, vitals
 from bio_inspired_nanochat.training.looks import EVERY, SHARE, Looks
 from tests.training.tiny import small
@@ -180,7 +181,8 @@ def test_a_look_reads_the_device_once(monkeypatch, experts):
     vitals_to_host = vitals.to_host
     with monkeypatch.context() as patched:
         patched.setattr(vitals, "to_host", copied)
-        # the operator asks a CPU for the range of its input, and a GPU for nothing
+        # the operator and the check of ids ask a CPU for the range of their input, and a GPU for nothing
+        patched.setattr(Embedding, "check", lambda *_: None)
         patched.setattr(torch.nn.functional, "one_hot", lambda ticks, count: (ticks[..., None] == torch.arange(count)).long())
         before.__enter__()
         seen = vitals.look(model, torch.randint(64, (2, 64)), 1)
