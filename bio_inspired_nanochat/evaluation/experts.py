@@ -12,13 +12,14 @@ import torch.nn.functional as F
 
 from bio_inspired_nanochat.evaluation.setting import EvaluationSetting, Found, Metric, NotApplicable, eager, text_batches
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.structural.neuroscore import gini
+from bio_inspired_nanochat.structural.neuroscore import gini, variation
 from bio_inspired_nanochat.synaptic import Routing, SynapticMoE
 
 DEAD = 0.01  # of the fair share, as in NeuroScore
 
 METRICS = (
     Metric("gini", "", "lower", "inequality of the experts' loads, mean over layers: 0 where all are equal"),
+    Metric("cv", "", "lower", "coefficient of variation of the loads, mean over layers"),
     Metric("dead", "", "lower", "share of living experts that get less than a hundredth of the fair load"),
     Metric("specialization", "", "higher", "1 - cosine between an expert's mean input and the mean input of all, over used experts"),
 )
@@ -35,7 +36,7 @@ def health(model: GPT, setting: EvaluationSetting) -> Found:
             for kept, route in zip(sums, model.run(idx, routing=True).routing or (), strict=True):
                 kept.append(route)
     found = [layer_health(layer, kept) for layer, kept in zip(layers, sums, strict=True)]
-    means = {name: sum(one[name] for one in found) / len(found) for name in ("gini", "dead", "specialization")}
+    means = {name: sum(one[name] for one in found) / len(found) for name in ("gini", "cv", "dead", "specialization")}
     return Found(means, {"layers": found})
 
 
@@ -49,6 +50,7 @@ def layer_health(layer: SynapticMoE, routes: list[Routing]) -> dict[str, Any]:
     different = 1 - F.cosine_similarity(inputs[load > 0], common[None], dim=-1)
     return {
         "gini": gini(load),
+        "cv": variation(load),
         "dead": (share < DEAD).double().mean().item(),
         "specialization": different.mean().item(),
         "load": share.tolist(),

@@ -13,6 +13,7 @@ from bio_inspired_nanochat.structural.neuroscore import (
     scores,
     scores_of,
     specialization,
+    variation,
 )
 from bio_inspired_nanochat.structural.splitmerge import Event, Rules, decide, health
 from bio_inspired_nanochat.structural.surgery import Moments, operate
@@ -40,4 +41,5 @@ __all__ = [
     "scores_of",
     "specialization",
     "update",
+    "variation",
 ]

@@ -99,6 +99,13 @@ def gini(load: Tensor) -> float:
     return float((2 * rank - len(ordered) - 1).mul(ordered).sum() / (len(ordered) * ordered.sum()).clamp(min=TINY))
 
 
+def variation(load: Tensor) -> float:
+    """Coefficient of variation of loads [n] >= 0, their standard deviation over their mean: 0 where all are equal, sqrt(n - 1) where one
+    has everything. Equation (L18)."""
+    load = load.double()
+    return float(load.std(correction=0) / load.mean().clamp(min=TINY))
+
+
 @torch.no_grad()
 def leave_one_out(model: GPT, idx: Tensor, targets: Tensor) -> list[Tensor]:
     """Exact loss increase in nats per token, [E] per layer, when the gate of one expert is set to zero without routing anew.

@@ -114,6 +114,7 @@ SCALARS: tuple[Metric, ...] = (
             "experts/account": ("share", 0, 1, "mean bank account"),
             "experts/dead": ("share", 0, 1, "living experts with less than a hundredth of the fair load"),
             "experts/gini": ("share", 0, 1, "inequality of the load: 0 all equal, near 1 one has everything"),
+            "experts/cv": ("", 0, 91, "coefficient of variation of the load: standard deviation over mean"),
         },
     ),
     *_layered(

@@ -20,7 +20,7 @@ from torch import Tensor
 from bio_inspired_nanochat.common import to_host
 from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.gpt import GPT
-from bio_inspired_nanochat.structural import NeuroScore, health, scores_of, specialization
+from bio_inspired_nanochat.structural import NeuroScore, health, scores_of, specialization, variation
 from bio_inspired_nanochat.synaptic import LayerTelemetry, SynapticMoE, summarise
 from bio_inspired_nanochat.training.experts import Ballot
 from bio_inspired_nanochat.training.metrics import OF_FAST, OF_TERMINALS, SCALARS
@@ -203,6 +203,7 @@ class _Experts:
             "experts/account": mean["account"],
             "experts/dead": self.found.dead,
             "experts/gini": self.found.gini,
+            "experts/cv": variation(column["load"]),
             **{f"neuroscore/{name}": mean[name] for name in ("contribution", "efficiency", "specialization")},
             "neuroscore/best": float(column["contribution"].max()),
             "neuroscore/resilience": float(column["resilience"].log10().mean()),

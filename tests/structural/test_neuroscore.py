@@ -5,7 +5,16 @@ import torch
 
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT, GPTConfig
-from bio_inspired_nanochat.structural import ForgettingCurve, NeuroBoard, contribution_of, gini, leave_one_out, oracle_agreement, scores
+from bio_inspired_nanochat.structural import (
+    ForgettingCurve,
+    NeuroBoard,
+    contribution_of,
+    gini,
+    leave_one_out,
+    oracle_agreement,
+    scores,
+    variation,
+)
 from tests.structural.colony import SIZES, World, batch, colony
 
 
@@ -79,6 +88,12 @@ def test_scores_name_the_specialist_the_steady_and_the_idle():
     assert found.gini == pytest.approx(0.5) and found.dead == 0.5
     assert torch.isnan(found.contribution[4])
     assert [row[1] for row in NeuroBoard(model).best(2)] == [0, 1]
+
+
+def test_variation_of_equal_loads_is_zero_and_grows_with_their_spread():
+    assert variation(torch.ones(8)) == 0.0 and variation(torch.zeros(4)) == 0.0
+    assert variation(torch.tensor([1.0, 3.0])) == pytest.approx(0.5)
+    assert variation(torch.eye(8)[0]) == pytest.approx(7**0.5)
 
 
 def test_gini_of_equal_loads_is_zero_and_of_a_monopoly_nearly_one():
