@@ -127,9 +127,11 @@ def priming_step(primed: Tensor, spent: Tensor, use: Tensor, supply: Tensor, nsf
     dQ/dt = supply (1 - Q - X) - use Q; dX/dt = use Q - nsf X. Returns Q, X and the share that was primed.
     """
     leave, fill, free = c * use, c * supply, 1 + c * nsf
+    rest = 1 - primed - spent
     primed = (primed + fill - fill * spent / free) / (1 + fill + leave + fill * leave / free)
     spent = (spent + leave * primed) / free
-    return primed, spent, torch.clamp(fill * (1 - primed - spent), min=0.0)  # against rounding, which would give energy
+    # fill (1 - primed - spent) after the tick, written so that a long tick does not multiply its rounding, which would give energy
+    return primed, spent, fill / (1 + fill) * (rest + c * nsf * spent)
 
 
 def leak(pool: Tensor, inflow: Tensor, rate: Tensor, c: int) -> tuple[Tensor, Tensor]:
