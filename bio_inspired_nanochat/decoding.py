@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bio_inspired_nanochat.common import capture, reason
+from bio_inspired_nanochat.common import aside, capture, reason
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.kernels.scan import on_triton
@@ -181,13 +181,10 @@ class GraphDecoder:
     def _captured(self, ends: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The graph of a step, and where it leaves the logits. Rows at position -1 are not there, so the state stays as it is."""
         with torch.cuda.device(self._ids.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with aside():
                 for _ in range(WARM_RUNS):
                     self._positions.fill_(-1)
                     self._read(ends)
-            torch.cuda.current_stream().wait_stream(side)
             try:
                 return capture(lambda: self._read(ends))
             except RuntimeError as error:

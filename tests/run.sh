@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite: bash tests/run.sh [pytest arguments]. Makes the environment first where needed.
-# A later -m or -n wins, for example `bash tests/run.sh -m gpu` or `bash tests/run.sh -n 0 --pdb -k causality`.
+# A later -m or -n wins, for example `bash tests/run.sh -m gpu -n 0` (some of those take all memory of the GPU) or `bash tests/run.sh -n 0 --pdb -k causality`.
 
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../scripts/env.sh"

@@ -4,12 +4,13 @@ from bio_inspired_nanochat.common.collective import cut_like, fill, is_cut, loca
 from bio_inspired_nanochat.common.console import progress, say, table
 from bio_inspired_nanochat.common.device import Rank, compute_dtype, pick_device, this_rank
 from bio_inspired_nanochat.common.files import base_dir, print_json_line, sha256_file, write_atomic
-from bio_inspired_nanochat.common.graphs import capture, reason
+from bio_inspired_nanochat.common.graphs import aside, capture, reason, side_stream
 from bio_inspired_nanochat.common.host import to_host
 from bio_inspired_nanochat.common.seeding import generator_for, stable_hash
 
 __all__ = [
     "Rank",
+    "aside",
     "base_dir",
     "capture",
     "compute_dtype",
@@ -25,6 +26,7 @@ __all__ = [
     "say",
     "several",
     "sha256_file",
+    "side_stream",
     "stable_hash",
     "sum_over_ranks",
     "table",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,23 @@ def capture(run: Callable[[], Any]) -> tuple[Any, Any]:
         _abandon(pool)
         raise
     return graph, made
+
+
+@functools.cache
+def side_stream(device: int, number: int = 0) -> torch.cuda.Stream:
+    """A stream beside the default one, the same for all who ask: PyTorch keeps memory for each on which matrices were ever multiplied."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What is launched here runs on a side stream, after all that was launched before and before all that will be."""
+    here = torch.cuda.current_stream()
+    side = side_stream(torch.cuda.current_device())
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        yield
+    here.wait_stream(side)
 
 
 def _abandon(pool: Any) -> None:

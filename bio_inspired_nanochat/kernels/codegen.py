@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ def trace(function: Callable, inputs: int) -> fx.GraphModule:
     """The graph of `function(*tensors) -> list of tensors`, all float32 of one shape, without dead or repeated work."""
     from torch.fx.experimental.proxy_tensor import make_fx  # imported late: it loads the compiler's front end
 
-    examples = [torch.rand(3) * 0.5 + 0.25 for _ in range(inputs)]
+    examples = [torch.full((3,), 0.5) for _ in range(inputs)]
     # without overwritten values, whose clones would be merged with those of their neighbours
-    module = make_fx(torch.func.functionalize(function, remove="mutations"), decomposition_table=_decompositions())(*examples)
+    traced = make_fx(torch.func.functionalize(function, remove="mutations"), decomposition_table=_decompositions())
+    with ThreadPoolExecutor(1) as alone:  # hooks and modes of autograd that the caller has set are those of its thread
+        module = alone.submit(traced, *examples).result()
     _merge_equal(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import capture, reason, say
+from bio_inspired_nanochat.common import capture, reason, say, side_stream
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig, build_optimizer
 from bio_inspired_nanochat.training.gradients import WARM_RUNS
@@ -40,7 +40,7 @@ class Cohort:
         self.parameters = [parameter for _, parameter in named]
         device = self.parameters[0].device
         self.wanted = graph and device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in models] if device.type == "cuda" else []
+        self._streams = [side_stream(device.index or 0, k) for k in range(len(models))] if device.type == "cuda" else []
         self._done = 0
         self._graph: Any = None
 

@@ -12,14 +12,13 @@ B rows, T tokens.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import capture, reason, say
+from bio_inspired_nanochat.common import aside, capture, reason, say
 from bio_inspired_nanochat.synaptic import Routing
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.parallel import Engine
@@ -49,7 +48,6 @@ class Gradients:
         self.engine, self.keeper, self.plan = engine, keeper, plan
         self.wanted = plan.config.graph == "1"
         self._calls = 0
-        self._side: torch.cuda.Stream | None = None
         self._recording: _Recording | None = None
 
     def __call__(self, idx: Tensor, targets: Tensor, micro: int = 0, share: float = 1.0, step: int = 0, first_row: int = 0) -> Tensor:
@@ -64,7 +62,7 @@ class Gradients:
             self._record(batch)
         if self._recording is not None:
             return self._replay(self._recording, batch, micro)
-        with self._aside():
+        with aside():  # autograd must not have met the default stream before a recording
             return self._run(batch, micro)
 
     @property
@@ -105,16 +103,6 @@ class Gradients:
         if self.keeper is not None:
             self.keeper.add(routing)
         return loss
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """What runs before a recording runs on a stream of its own: autograd must not have met the default stream by then."""
-        if self._side is None:
-            self._side = torch.cuda.Stream()
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            yield
-        torch.cuda.current_stream().wait_stream(self._side)
 
 
 class _Recording:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.common import capture, reason, say
+from bio_inspired_nanochat.common import aside, capture, reason, say
 from bio_inspired_nanochat.optim import OptimConfig, Optimizer
 from bio_inspired_nanochat.tasks.memory import MemoryTask
 from bio_inspired_nanochat.training.gradients import WARM_RUNS
@@ -48,7 +48,6 @@ class Gradients:
     def __init__(self, model: Stack | Single, graph: bool) -> None:
         self.model, self.calls = model, 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.side: torch.cuda.Stream | None = None
         self.wanted = graph and isinstance(model, Stack) and model.device.type == "cuda"
         self.parameters = model.parameters()
 
@@ -58,7 +57,8 @@ class Gradients:
         if self.wanted and self.calls > WARM_RUNS and self.graph is None:
             self._record(idx, targets)
         if self.graph is None:
-            with self._aside():
+            # autograd must not have met the default stream before a recording
+            with aside() if self.wanted else contextlib.nullcontext():
                 self._pass(idx, targets)
             return
         self.idx.copy_(idx)
@@ -69,19 +69,6 @@ class Gradients:
         for parameter in self.parameters:
             parameter.grad = None
         self.model.losses(idx, targets).sum().backward()
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Passes before a recording run on a stream of their own: autograd must not have met the default stream by then."""
-        if not self.wanted:
-            yield
-            return
-        if self.side is None:
-            self.side = torch.cuda.Stream()
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            yield
-        torch.cuda.current_stream().wait_stream(self.side)
 
     def _record(self, idx: Tensor, targets: Tensor) -> None:
         self.idx, self.targets = idx.clone(), targets.clone()

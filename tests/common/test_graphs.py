@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bio_inspired_nanochat.common import capture, reason
+from bio_inspired_nanochat.common import aside, capture, reason, side_stream
 
 
 class Refused:
@@ -66,3 +66,30 @@ def test_a_recording_that_cuda_ends_leaves_streams_memory_and_random_numbers_as_
     assert gpu.streams == [0]
     assert gpu.said == ([] if over else ["end (0, 7)", "release (0, 7)", "drawn"]), "memory is given back once: by the graph, or here"
     assert reason(failed.value) == "operation not permitted when stream is capturing"
+
+
+def test_whoever_runs_aside_shares_the_stream_and_both_sides_wait(monkeypatch):
+    """A stream of its own for each run would cost each run the memory that PyTorch keeps for every stream."""
+    said = []
+
+    class Stream:
+        def __init__(self, name) -> None:
+            self.name = name
+
+        def wait_stream(self, other) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    side_stream.cache_clear()
+    numbers = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"side {next(numbers)}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    try:
+        for _ in range(2):
+            with aside():
+                said.append("work")
+        assert said == ["side 0 waits for main", "work", "main waits for side 0"] * 2
+        assert side_stream(0, 1) is side_stream(0, 1) is not side_stream(0, 0)
+    finally:
+        side_stream.cache_clear()
