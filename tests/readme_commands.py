@@ -121,6 +121,8 @@ TINY |= {
     "scripts.eval_matrix resume": {},
     "scripts.eval_matrix speed": {"seconds": 0},
     "scripts.eval_matrix report": {},
+    "scripts.eval_matrix pack": {},
+    "scripts.eval_matrix unpack": {},
 }
 
 

@@ -38,7 +38,7 @@ from tests.training.tiny import corpus, small
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text() and path.stem != "doctor")
 COMMANDS = {
     "tune_bio_params": ("sanity", "sensitivity", "optimize", "report", "best"),
-    "eval_matrix": ("plan", "run", "resume", "speed", "report"),
+    "eval_matrix": ("plan", "run", "resume", "speed", "report", "pack", "unpack"),
 }
 SCRIPTS = [f"{name} {command}".strip() for name in SCRIPTS for command in COMMANDS.get(name, ("",))]
 QUICK = settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)

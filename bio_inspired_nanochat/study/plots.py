@@ -58,21 +58,31 @@ def draw_differences(rows: Sequence[tuple[str, Paired]], title: str, path: Path)
 
 
 def draw_curves(curves: Mapping[tuple[int, str, int], Curve], depth: int, names: Sequence[str], title: str, path: Path) -> None:
-    """Validation loss of some conditions, mean over seeds, against tokens and against seconds of training."""
-    chosen = [name for name in names if any((at, one) == (depth, name) for at, one, _ in curves)][:MOST_CURVES]
-    if not chosen:
+    """Validation loss of some conditions, mean over seeds, against tokens and, where times are known, against seconds of training.
+
+    Conditions that are the same runs are one line, which has the name of the first.
+    """
+    found = {name: [curve for (at, one, _), curve in curves.items() if (at, one) == (depth, name)] for name in names}
+    lines: dict[tuple[Curve, ...], str] = {}
+    for name, own in found.items():
+        if own and len(lines) < MOST_CURVES:
+            lines.setdefault(tuple(own), name)
+    labels = {"tokens": "tokens", "seconds": "seconds of training"}
+    # no time is known of runs that shared their device
+    views = [view for view in labels if any(len(getattr(curve, view)) > 1 for own in lines for curve in own)]
+    if not views:
         return
     with _styled():
-        figure, panels = _figure(10.0, 4.0, 2)
-        for axes, (view, label) in zip(panels, (("tokens", "tokens"), ("seconds", "seconds of training")), strict=True):
-            for name in chosen:
-                own = [curve for (at, one, _), curve in curves.items() if (at, one) == (depth, name) and len(getattr(curve, view)) > 1]
-                if not own:  # no time is known of runs that shared their device
+        figure, panels = _figure(5.0 * len(views), 4.0, len(views))
+        for axes, view in zip(panels, views, strict=True):
+            for every, name in lines.items():
+                own = [curve for curve in every if len(getattr(curve, view)) > 1]
+                if not own:
                     continue
                 length = min(len(curve.loss) for curve in own)
                 spent = np.mean([getattr(curve, view)[:length] for curve in own], axis=0)
                 axes.plot(spent, np.mean([curve.loss[:length] for curve in own], axis=0), label=name, lw=1.4)
-            axes.set(xlabel=label, ylabel="validation loss, nats", xscale="log")
+            axes.set(xlabel=labels[view], ylabel="validation loss, nats", xscale="log")
         panels[0].legend(fontsize=8)
         figure.suptitle(title)
         figure.savefig(path)
