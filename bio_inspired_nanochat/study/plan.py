@@ -28,7 +28,7 @@ from bio_inspired_nanochat.study.statistics import Rule, digest
 from bio_inspired_nanochat.training import TrainConfig
 from bio_inspired_nanochat.training.config import fill_defaults
 from bio_inspired_nanochat.training.pace import measure
-from bio_inspired_nanochat.training.plan import Plan, make_plan
+from bio_inspired_nanochat.training.plan import Plan, make_plan, suited_batch
 
 VERSION = 1
 TOLERANCE = 0.02  # of a match of parameters or FLOPs
@@ -169,9 +169,10 @@ class _Depth:
         self.config, self.matrix, self.depth, self.device, self.words = config, matrix, depth, device, words
         self.tokens = config.tokens or fewest_tokens(depth)
         plans = {name: self.plan(one.changes) for name, one in matrix.conditions.items()}
-        rows = config.device_batch_size or 1 << (min(plan.rows for plan in plans.values()).bit_length() - 1)
         first = next(iter(plans.values()))
-        total = config.total_batch_size or first.tokens_per_step
+        total = config.total_batch_size or (suited_batch(self.tokens) if device.type == "cuda" else first.tokens_per_step)
+        most = min(*(plan.rows for plan in plans.values()), max(1, total // first.length))
+        rows = config.device_batch_size or 1 << (most.bit_length() - 1)
         self.batch = {"device_batch_size": rows, "total_batch_size": max(1, round(total / (rows * first.length))) * rows * first.length}
         self.steps = max(1, -(-self.tokens // self.batch["total_batch_size"]))
 

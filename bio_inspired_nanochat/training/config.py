@@ -75,7 +75,7 @@ class TrainConfig:
     )
     total_batch_size: int | None = knob(
         None,
-        "tokens of one optimizer step over all devices, rounded to whole forwards; auto grows with the depth",
+        "tokens of one optimizer step over all devices, rounded to whole forwards; auto grows with the length of the run",
         lo=1,
         hi=1 << 40,
         unit="tokens",

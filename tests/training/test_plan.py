@@ -6,11 +6,12 @@ import torch
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, from_dict, to_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, dry_run, print_config
+from bio_inspired_nanochat.training import plan as planning
 from bio_inspired_nanochat.training.hardware import bytes_per_row, crowded, peak_by_name
-from bio_inspired_nanochat.training.plan import OPERATIONAL, given_fields, inherit, make_plan
+from bio_inspired_nanochat.training.plan import OPERATIONAL, given_fields, inherit, make_plan, suited_batch
 from tests.training.tiny import SMALL
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def plan(world=1, **changes):
@@ -41,6 +42,24 @@ def test_a_batch_that_does_not_divide_is_rounded_with_a_notice(capsys, total, to
 
 def test_a_small_total_batch_shrinks_rows_that_nobody_asked_for(capsys):
     assert plan(max_seq_len=64, total_batch_size=128).rows == 2 and "notice" not in capsys.readouterr().out
+
+
+def test_short_runs_on_a_gpu_take_small_steps(monkeypatch):
+    """As many tokens as were measured, and in whole rows that need not be accumulated; a batch or a number of steps that was given counts."""
+    monkeypatch.setattr(planning, "free_memory", lambda device: 80 << 30)
+
+    def on_gpu(**changes):
+        return make_plan(
+            TrainConfig(device="cuda", dtype="bfloat16", depth=6, **{"vocab_size": 8192, "max_seq_len": 1024, **changes}), CUDA, 1
+        )
+
+    assert suited_batch(8_000_000) == 8192 and suited_batch(12 * 110_000_000) == 1 << 19
+    made = on_gpu(tokens_per_param=0.6)
+    assert (made.tokens_per_step, made.rows, made.accumulation) == (8192, 8, 1) and 900 < made.steps < 1100
+    longer = on_gpu(tokens_per_param=6.0)
+    assert longer.tokens_per_step == 65536 and longer.rows * longer.accumulation == 64
+    assert on_gpu(tokens_per_param=0.6, device_batch_size=4).accumulation == 2
+    assert on_gpu(num_iterations=100).rows == 64, "as many as fit"
 
 
 @pytest.mark.parametrize("world", [1, 2])
