@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
+_ONE = threading.Lock()  # all recordings of a process go over one stream of PyTorch's
+
+
 def capture(run: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of what `run` launches, which is not executed yet, and what it returned.
 
-    RuntimeError where it cannot be recorded; streams, memory and random numbers are then as before.
+    One at a time: other threads wait. RuntimeError where it cannot be recorded; streams, memory and random numbers are then as before.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     mode = {"pool": pool, "capture_error_mode": "thread_local"}  # other threads load data meanwhile
-    try:
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **mode):
-            made = run()
-    except BaseException:
-        _abandon(pool)
-        raise
+    with _ONE:
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **mode):
+                made = run()
+        except BaseException:
+            _abandon(pool)
+            raise
     return graph, made
 
 

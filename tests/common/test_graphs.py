@@ -1,6 +1,9 @@
 """A recording that fails leaves what it found."""
 
 import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +69,30 @@ def test_a_recording_that_cuda_ends_leaves_streams_memory_and_random_numbers_as_
     assert gpu.streams == [0]
     assert gpu.said == ([] if over else ["end (0, 7)", "release (0, 7)", "drawn"]), "memory is given back once: by the graph, or here"
     assert reason(failed.value) == "operation not permitted when stream is capturing"
+
+
+def test_recordings_of_several_threads_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **mode: contextlib.nullcontext())
+    inside, most, gate = [], [], threading.Barrier(3, timeout=20)
+
+    def run() -> None:
+        inside.append(1)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+
+    def thread() -> None:
+        gate.wait()
+        capture(run)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(thread) for _ in range(3)]:
+            done.result(20)
+    assert most == [1, 1, 1]
 
 
 def test_whoever_runs_aside_shares_the_stream_and_both_sides_wait(monkeypatch):
