@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 _ONE = threading.Lock()  # all recordings of a process go over one stream of PyTorch's
 
 
