@@ -97,8 +97,6 @@ def _terminals(q: Tensor, p: PresynParams, noise: ReleaseNoise | None) -> tuple[
     """The terminals' constants [C, H], the tensors that they draw from, and the signature of their kernels."""
     noisy = noise is not None and p.sampler is not None
     signature = signature_of(p, list(states_of(PresynState.rest(1, 1, 1, params=p))), ["bias"], noisy, "layer")
-    if not torch.compiler.is_compiling():
-        kernels_for(signature)  # here and not in the operator, below which autograd is excluded
     return torch.stack(list(constants_of(p).values())), noise_tensors(noise, q) if noisy else (None, None, None), signature
 
 

@@ -133,8 +133,6 @@ def run(
     noisy = noise is not None and p.sampler is not None
     signature = signature_of(p, list(variables), outputs, noisy, "young" if young else "any")
     constants, start = torch.stack(list(constants_of(p).values())), torch.stack(list(variables.values()))
-    if not torch.compiler.is_compiling():
-        kernels_for(signature)  # here and not in the operator, below which autograd is excluded
     key, first, layer = noise_tensors(noise, drive) if noisy else (None, None, None)
     out, final, _ = presyn_op(drive, constants, start, signature, key, first, layer)
     plain = [name for name in variables if not name.startswith("ring")]

@@ -21,7 +21,7 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.kernels.fast_weights import fast_weights
 from bio_inspired_nanochat.registry import MECHANISMS
 
-GATES = ("camkii", "pp1", "bdnf", "camkii_read")  # the mechanisms that the variants `..._gates` have and the others lack
+GATES = ("camkii", "pp1", "bdnf", "camkii_read")  # the mechanisms that the variants `..._gates` have; `..._bdnf` has one, the others none
 _OFF = {name: value for gate in GATES for name, value in MECHANISMS[gate].off.items()}
 _ON = {name: value for gate in GATES for name, value in MECHANISMS[gate].on.items()}
 
@@ -48,6 +48,7 @@ VARIANTS: Mapping[str, Variant] = {
     "delta": Variant(fast={"hebb": "delta", **_OFF}),
     "hebb_gates": Variant(fast={"hebb": "hebb", **_ON}),
     "delta_gates": Variant(fast={"hebb": "delta", **_ON}),
+    "delta_bdnf": Variant(fast={"hebb": "delta", **_OFF, **MECHANISMS["bdnf"].on}),
 }
 
 

@@ -95,11 +95,14 @@ def test_variants_of_a_seed_share_the_vanilla_parameters_and_memories_start_sile
     assert torch.equal(vanilla(idx), model(idx))
 
 
-def test_gates_are_what_the_gated_variants_add():
-    plain, gated = (build_variant(name, sizes()).config.syn_cfg for name in ("delta", "delta_gates"))
+@pytest.mark.parametrize(
+    ("variant", "adds"), [("delta_gates", {"camkii_gain", "pp1_gain", "bdnf_gamma", "camkii_read"}), ("delta_bdnf", {"bdnf_gamma"})]
+)
+def test_gates_are_what_the_gated_variants_add(variant, adds):
+    plain, gated = (build_variant(name, sizes()).config.syn_cfg for name in ("delta", variant))
     assert plain.hebb == gated.hebb == "delta"
     changed = {name for name, value in dataclasses.asdict(plain).items() if value != getattr(gated, name)}
-    assert changed == {"camkii_gain", "pp1_gain", "bdnf_gamma", "camkii_read"}
+    assert changed == adds
     assert not any(getattr(plain, name) for name in changed) and all(getattr(gated, name) > 0 for name in changed)
 
 
