@@ -84,14 +84,17 @@ def _attend(
         at = (source * length + key)[:, None] * D + d[None, :]
         k = tl.where(new[:, None], new_k[None, :], tl.load(k_ptr + at, mask=old[:, None], other=0.0))
         v = tl.where(new[:, None], new_v[None, :], tl.load(v_ptr + at, mask=old[:, None], other=0.0))
-        x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
-        place = row * length + key
+        place = row * length + key  # what belongs to a key is asked for before the sum, behind whose barrier it would come late
         if TERMINALS:
-            raised = drive_above(x, 1.0, theta, KIND)
-            tl.store(drive_ptr + place, tl.load(drive_ptr + place, mask=old, other=0.0) + raised * share, mask=old)
-            x += tl.load(beta_ptr + place, mask=old, other=0.0)
+            drive = tl.load(drive_ptr + place, mask=old, other=0.0)
+            beta = tl.load(beta_ptr + place, mask=old, other=0.0)
         if BARRIER == 1:
             level = tl.load(level_ptr + place, mask=old, other=0.0)
+        x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
+        if TERMINALS:
+            tl.store(drive_ptr + place, drive + drive_above(x, 1.0, theta, KIND) * share, mask=old)
+            x += beta
+        if BARRIER == 1:
             x += strength * tl.where(old, (level - before).to(tl.float32), charge)
         if BARRIER == 2:
             x += strength * (key - now).to(tl.float32)
