@@ -12,13 +12,14 @@ from typing import Any
 
 from bio_inspired_nanochat.common import say, table, write_atomic
 from bio_inspired_nanochat.config import knob
-from bio_inspired_nanochat.errors import UserError, damaged_file
+from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.registry import markdown_table
 from bio_inspired_nanochat.study.plan import FolderConfig, fewest_tokens, read_plan
 from bio_inspired_nanochat.study.plots import draw_curves, draw_differences
 from bio_inspired_nanochat.study.predictions import PREDICTIONS
 from bio_inspired_nanochat.study.records import ByDepth, Records, collect, viewed
 from bio_inspired_nanochat.study.scorecard import VERDICTS, Score, score
+from bio_inspired_nanochat.study.sources import STUDIED, kernel_facts, memory_values
 from bio_inspired_nanochat.study.statistics import Paired, Rule, judge, paired
 from bio_inspired_nanochat.study.views import VIEWS
 
@@ -31,6 +32,7 @@ class ReportConfig(FolderConfig):
     """Tables, plots and scorecard of what was run; what may not enter a table is listed apart."""
 
     bench: str | None = knob(None, "record of `bench_kernels --json=FILE`, for the prediction about its kernels", path="file", none="none")
+    memory: str | None = knob(None, "records of `memory_study --out=FILE`, for the predictions about its models", path="file", none="none")
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,12 @@ def report(config: ReportConfig) -> dict[str, Any]:
     folder = config.folder()
     plan = read_plan(folder)
     rule, records, facts = Rule(**plan["rule"]), collect(folder, plan), kernel_facts(config.bench)
+    studied = memory_values(config.memory)
     values = records.values()
     lines = compare(plan, records, values, rule)
-    scores = score(values, plan["aliases"], rule, facts, diverged=records.diverged(plan))
+    own = [one for one in PREDICTIONS if not str(one.condition).startswith(STUDIED)]
+    scores = score(values, plan["aliases"], rule, facts, own, diverged=records.diverged(plan))
+    scores += score(studied, {}, rule, predictions=[one for one in PREDICTIONS if one not in own])
     out = folder / "report"
     try:
         _write(out, plan, records, lines, scores)
@@ -103,24 +108,6 @@ def compare(plan: Mapping[str, Any], records: Records, values: ByDepth, rule: Ru
                 judged = judge([result for _, result in family], rule)
                 found += [Line(depth=depth, metric=quantity, result=result, **one) for (one, _), result in zip(family, judged, strict=True)]
     return found
-
-
-def kernel_facts(path: str | None) -> dict[str, tuple[float, str]]:
-    """`kernel.forward_gain`: 1 - forward time of `fused` over that of `triton`, from the record of bench_kernels, at the largest context up
-    to 2048 that has both. Raises UserError for a file that is no such record."""
-    if path is None:
-        return {}
-    with damaged_file(path, "give the file that `bench_kernels --json=FILE` wrote"):
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-        cells: dict[tuple[int, int, int], dict[str, float]] = {}
-        for row in rows:
-            if row.get("forward_ms") and row["backend"] in ("fused", "triton") and row["context"] <= 2048:
-                cells.setdefault((row["context"], row["head_dim"], row["tick"]), {})[row["backend"]] = row["forward_ms"]
-        both = {cell: times for cell, times in cells.items() if len(times) == 2}
-        if not both:
-            return {}
-        cell = max(both)
-        return {"kernel.forward_gain": (1 - both[cell]["fused"] / both[cell]["triton"], f"{path}: T={cell[0]}, D={cell[1]}, c={cell[2]}")}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------------------

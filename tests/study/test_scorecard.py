@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.study.models import VARIANTS
 from bio_inspired_nanochat.study.plan import read_plan
 from bio_inspired_nanochat.study.predictions import PREDICTIONS
 from bio_inspired_nanochat.study.queue import RunConfig, run_queue
 from bio_inspired_nanochat.study.report import ReportConfig, report
 from bio_inspired_nanochat.study.scorecard import KINDS, score
+from bio_inspired_nanochat.study.sources import STUDIED, kernel_facts
 from bio_inspired_nanochat.study.speed import Speed, Speeds, write_speeds
 from bio_inspired_nanochat.study.statistics import Rule
 from bio_inspired_nanochat.training.faults import Fault, diverged
@@ -42,7 +44,8 @@ def test_every_prediction_names_conditions_and_metrics_that_exist() -> None:
     for one in PREDICTIONS:
         assert one.kind in KINDS and one.source and one.statement and one.metrics, one.id
         for name in (one.condition, one.reference, *one.series):
-            assert name is None or name in full().aliases or name == "cumulative", (one.id, name)
+            known = name in full().aliases or name == "cumulative" or str(name).removeprefix(STUDIED) in VARIANTS
+            assert name is None or known, (one.id, name)
     assert len(BY_ID) == len(PREDICTIONS)
 
 
@@ -132,15 +135,46 @@ def test_two_benchmarks_by_a_tenth() -> None:
 def test_the_kernels_come_from_a_benchmark(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     rows = [
-        {"backend": backend, "context": 2048, "head_dim": 64, "tick": 8, "forward_ms": ms}
-        for backend, ms in (("triton", 2.0), ("fused", 0.5))
+        {"operator": name, "backend": backend, "context": 2048, "head_dim": 64, "tick": 8, "forward_ms": ms}
+        for name, backend, ms in (("layer", "triton", 2.0), ("layer", "fused", 0.5), ("presyn", "triton", 0.4))
     ]
     file.write_text(json.dumps({"rows": rows}))
     plan(tmp_path / "m")
+    assert kernel_facts(str(file))["kernel.forward_gain"] == (0.75, "bench.json: T=2048, D=64, c=8"), "layer against layer"
     assert report(ReportConfig(out=str(tmp_path / "m"), bench=str(file)))["scorecard"]["success"] == 1
     file.write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
         report(ReportConfig(out=str(tmp_path / "m"), bench=str(file)))
+
+
+def test_relearning_comes_from_a_memory_study(tmp_path: Path) -> None:
+    file = tmp_path / "memory.jsonl"
+    plan(tmp_path / "m")
+
+    def judged(gain: float, failed: str | None = None) -> tuple[str, str]:
+        file.write_text(
+            "".join(
+                json.dumps(
+                    {"task": "switching", "variant": variant, "seed": seed, "failed": failed, "accuracy": 0.9, "config": {"n_layer": 2}}
+                    | {"by_group": {"A": 0.9, "A again": 0.6 + 0.001 * seed + (gain + 1e-4 * (seed % 2) if "bdnf" in variant else 0)}}
+                )
+                + "\n"
+                for variant in ("delta", "delta_bdnf", "hebb")
+                for seed in range(5)
+            )
+        )
+        report(ReportConfig(out=str(tmp_path / "m"), memory=str(file)))
+        scores = json.loads((tmp_path / "m" / "report" / "scorecard.json").read_text())["scores"]
+        (one,) = (score for score in scores if score["id"] == "bdnf-relearn")
+        assert one["verdict"] == "not measured" or len(one["runs"]) == 10
+        return one["verdict"], one["why"]
+
+    assert [judged(gain)[0] for gain in (0.1, -0.1)] == ["success", "failure"]
+    assert judged(0.1, failed="loss is nan") == ("not measured", "no run is large enough to count")
+    for content in ("", "[1]\n", '{"task": "switching"}\n'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="is damaged"):
+            report(ReportConfig(out=str(tmp_path / "m"), memory=str(file)))
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------------------
