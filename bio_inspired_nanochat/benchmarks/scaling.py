@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     check_record_path,
     free_unused,
     keep_record,
@@ -31,7 +29,7 @@ from bio_inspired_nanochat.benchmarks.records import (
 )
 from bio_inspired_nanochat.benchmarks.timing import Spread, paired_ratio
 from bio_inspired_nanochat.common import Rank, pick_device, say, table, this_rank
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, dtype_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, guards
 from bio_inspired_nanochat.training.clock import wait_for_device
@@ -80,17 +78,17 @@ class BenchScalingConfig:
     accumulation: int = knob(1, "forwards of one process per step, whose gradients travel once", lo=1, hi=1 << 20)
     models: tuple[str, ...] = knob(_KINDS, "models to train", choices=_KINDS)
     parallel: tuple[str, ...] = knob(_WAYS, "how the processes share a model", choices=_WAYS)
-    bucket_mb: float = knob(25.0, "see base_train", lo=0.01, hi=4096.0, unit="MB")
-    reduce_dtype: str = knob("float32", "see base_train", choices=_TRAINING["reduce_dtype"].choices)
-    reshard: bool = knob(False, "see base_train; of the fsdp runs", off=False)
+    bucket_mb: float = knob(25.0, _TRAINING["bucket_mb"].doc, lo=0.01, hi=4096.0, unit="MB")
+    reduce_dtype: str = knob("float32", _TRAINING["reduce_dtype"].doc, choices=_TRAINING["reduce_dtype"].choices)
+    reshard: bool = knob(False, _TRAINING["reshard"].doc, off=False)
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
     compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     steps: int = knob(5, "steps of each competitor in a round", lo=1, hi=1000, unit="steps")
     seconds: float = knob(60.0, "time for the rounds of one model; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
     trace: str | None = knob(None, "folder for the profiler's traces of the first process (CUDA)", none="none")
-    device: str = knob("auto", "where to run; auto takes CUDA, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = knob("auto", "where to run; auto takes CUDA, then the CPU", choices=("auto", "cpu", "cuda"))
+    dtype: str = dtype_knob()
     seed: int = knob(0, "seed of weights and tokens", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     check_record_path,
     free_unused,
     keep_record,
@@ -24,7 +22,7 @@ from bio_inspired_nanochat.benchmarks.records import (
 )
 from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Spread, interleave, paired_ratio, warm_up
 from bio_inspired_nanochat.common import pick_device, progress, say, table
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, device_knob, dtype_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, guards
 from bio_inspired_nanochat.training.clock import wait_for_device
@@ -62,8 +60,8 @@ class BenchTrainConfig:
     compile: str = knob("auto", "torch.compile of all; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     graph: str = knob("auto", _TRAINING["graph"].doc, choices=_TRAINING["graph"].choices)
     seconds: float = knob(60.0, "time for the timed steps; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = device_knob()
+    dtype: str = dtype_knob()
     seed: int = knob(0, "seed of weights and tokens", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 
