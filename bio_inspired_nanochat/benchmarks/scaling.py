@@ -28,6 +28,7 @@ from bio_inspired_nanochat.benchmarks.records import (
     shown,
 )
 from bio_inspired_nanochat.benchmarks.timing import Spread, paired_ratio
+from bio_inspired_nanochat.benchmarks.train import CPU_ROWS, TrainingSizes
 from bio_inspired_nanochat.common import Rank, pick_device, say, table, this_rank
 from bio_inspired_nanochat.config import PRESETS, SynapticConfig, dtype_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.errors import UserError
@@ -39,7 +40,6 @@ from bio_inspired_nanochat.training.plan import Plan, make_plan
 from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, process_group
 
 _KINDS, _WAYS = ("vanilla", "synaptic"), ("ddp", "fsdp")
-_CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512, "device_batch_size": 2}
 _TRAINING = knobs_of(TrainConfig)
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 100
 WARM_STEPS = 3
@@ -60,14 +60,9 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class BenchScalingConfig:
-    """Models of one size, trained by one process and by all. Sizes that are auto are those of training on CUDA, and small elsewhere."""
+class BenchScalingConfig(TrainingSizes):
+    """Models of one size, trained by one process and by all."""
 
-    depth: int | None = knob(None, "number of layers, the width follows; auto is 12 on CUDA, 2 elsewhere", lo=1, hi=256)
-    n_embd: int | None = knob(None, "width; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
-    head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
-    max_seq_len: int | None = knob(None, "context length; auto is that of training on CUDA, 128 elsewhere", lo=2, hi=1 << 20, unit="tokens")
-    vocab_size: int | None = knob(None, "token ids; auto is that of training on CUDA, 512 elsewhere", lo=266, hi=1 << 20)
     device_batch_size: int | None = knob(
         None,
         "rows of one forward of one process; auto is half of what the synaptic model fits on CUDA, 2 elsewhere",
@@ -137,18 +132,14 @@ def _rows(config: BenchScalingConfig, device: torch.device) -> int:
     if config.device_batch_size is not None:
         return config.device_batch_size
     if device.type != "cuda":
-        return _CPU_SIZES["device_batch_size"]
+        return CPU_ROWS
     return max(1, _plan(config, device, 1, None, "synaptic", "ddp").rows // 2)
 
 
 def _plan(config: BenchScalingConfig, device: torch.device, world: int, rows: int | None, kind: str, way: str) -> Plan:
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size")}
-    if device.type != "cuda":
-        sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared: dict[str, Any] = {
-        name: getattr(config, name) for name in ("n_embd", "head_dim", "compile", "dtype", "seed", "bucket_mb", "reduce_dtype")
-    }
-    base = TrainConfig(**sizes, **shared, num_iterations=1, device_batch_size=rows, parallel=way, reshard=config.reshard and way == "fsdp")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("compile", "dtype", "seed", "bucket_mb", "reduce_dtype")}
+    shared |= config.sizes(device) | {"device_batch_size": rows, "parallel": way, "reshard": config.reshard and way == "fsdp"}
+    base = TrainConfig(**shared, num_iterations=1)
     if kind == "synaptic":
         base = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
     if rows is None:
