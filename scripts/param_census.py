@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bio_inspired_nanochat.common import pick_device, print_json_line, progress, say, table, write_atomic
-from bio_inspired_nanochat.config import SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.config import SynapticConfig, device_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error, nearest
 from bio_inspired_nanochat.evaluation.census import STEPS, USER_NAMES, Census, CensusRow, Liveness, census_rows, plan
@@ -30,7 +30,7 @@ class ParamCensusConfig:
     knobs: tuple[str, ...] = knob((), "knobs to measure, without syn_cfg in front; none given: all")
     steps: int = knob(STEPS, "training steps of each small model", lo=1, hi=1_000_000, unit="steps")
     markdown: str | None = knob(None, "file for the tables as Markdown", none="none")
-    device: str = knob("cpu", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob("cpu")
 
     def __post_init__(self) -> None:
         validate(self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +43,8 @@ LAYERS = [
     "web",
     "upkeep",
 ]
+# They have no model, so nobody should wait for PyTorch, which takes ten times as long to import as all the rest of them.
+WITHOUT_TORCH = ("bench_guard", "download_data", "prepare_data", "quality_gate", "tok_eval", "tok_train")
 # The compiled extension has one door.
 EXTENSION, DOOR = "_rust", f"{PACKAGE}/kernels/rust.py"
 INSTALL_FILES = (
@@ -113,6 +117,12 @@ def _recorded_addresses(root: Path) -> list[str]:
 
 def test_imports_point_down_the_layer_list() -> None:
     assert _import_faults(ROOT) == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_a_command_without_a_model_starts_without_pytorch(name: str) -> None:
+    code = f"import sys, scripts.{name}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     check_record_path,
     dtype_of,
     failures,
@@ -28,7 +26,17 @@ from bio_inspired_nanochat.benchmarks.records import (
 )
 from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Deadline, Mark, Spread, interleave, paired_ratio, warm_up
 from bio_inspired_nanochat.common import pick_device, progress, say, table
-from bio_inspired_nanochat.config import PRESETS, GPTConfig, SynapticConfig, knob, knobs_of, sizes_from_depth, validate
+from bio_inspired_nanochat.config import (
+    PRESETS,
+    GPTConfig,
+    SynapticConfig,
+    device_knob,
+    dtype_knob,
+    knob,
+    knobs_of,
+    sizes_from_depth,
+    validate,
+)
 from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
@@ -63,8 +71,8 @@ class BenchDecodeConfig:
     seconds: float = knob(
         120.0, "time limit; context 4096 comes first, and its first size is measured in any case", lo=0.0, hi=1e6, unit="seconds"
     )
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations and caches; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = device_knob()
+    dtype: str = dtype_knob("activations and caches")
     seed: int = knob(0, "seed of weights and prompts", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 

@@ -12,8 +12,6 @@ import torch
 from bio_inspired_nanochat.benchmarks.floor import Floor, floor_of, peaks
 from bio_inspired_nanochat.benchmarks.operators import BACKENDS, ROWS, Cell, Inputs, operator
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     MIB,
     check_record_path,
     dtype_of,
@@ -42,7 +40,7 @@ from bio_inspired_nanochat.benchmarks.timing import (
     warm_up,
 )
 from bio_inspired_nanochat.common import pick_device, progress, say, table
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, device_knob, dtype_knob, knob, validate
 from bio_inspired_nanochat.errors import UserError
 
 HEADLINE_CONTEXT, HEADLINE_TICK = 2048, 8
@@ -79,8 +77,8 @@ class BenchKernelsConfig:
     seconds: float = knob(
         300.0, "time limit; T=2048 with c=8 comes first, and its first size is measured in any case", lo=0.0, hi=1e6, unit="seconds"
     )
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "operands; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = device_knob()
+    dtype: str = dtype_knob("operands")
     seed: int = knob(0, "seed of the operands", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 

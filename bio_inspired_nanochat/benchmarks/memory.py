@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from bio_inspired_nanochat.benchmarks.operators import Operator
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     MIB,
     check_record_path,
     dtype_of,
@@ -26,7 +24,7 @@ from bio_inspired_nanochat.benchmarks.records import (
 )
 from bio_inspired_nanochat.benchmarks.timing import ColdCache, Deadline, interleave, memory_of, paired_ratio, set_strides, warm_up
 from bio_inspired_nanochat.common import pick_device, table
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import device_knob, dtype_knob, knob, validate
 from bio_inspired_nanochat.kernels.fast_weights import RULES, fast_weights
 
 EXECUTIONS = ("triton", "chunked", "compiled", "fla", "reference")
@@ -41,15 +39,15 @@ class BenchMemoryConfig:
     rows: int | None = knob(None, "sequences of a batch; auto is 16 on CUDA, 2 elsewhere", lo=1, hi=1 << 16)
     context: int | None = knob(None, "tokens of a sequence; auto is 2048 on CUDA, 128 elsewhere", lo=1, hi=1 << 20, unit="tokens")
     modes: tuple[int, ...] = knob((16, 64), "modes r of the fast weights", lo=1, hi=4096)
-    heads: int = knob(12, "heads of the attention beside", lo=1, hi=1024)
-    head_dim: int = knob(64, "their size", lo=1, hi=1024)
+    heads: int = knob(12, "heads of the plain attention that is timed for comparison", lo=1, hi=1024)
+    head_dim: int = knob(64, "size of one of these heads", lo=1, hi=1024)
     rules: tuple[str, ...] = knob(RULES, "rules to measure", choices=RULES)
     executions: tuple[str, ...] = knob(
         EXECUTIONS, "executions to measure; compiled is chunked under torch.compile, fla needs the package fla-core", choices=EXECUTIONS
     )
     seconds: float = knob(60.0, "time limit", lo=0.0, hi=1e6, unit="seconds")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = device_knob()
+    dtype: str = dtype_knob()
     seed: int = knob(0, "seed of the operands", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 

@@ -16,8 +16,6 @@ from bio_inspired_nanochat.common import compute_dtype, say, write_atomic
 from bio_inspired_nanochat.errors import UserError
 
 MIB = 1 << 20
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     check_record_path,
     free_unused,
     keep_record,
@@ -30,8 +28,9 @@ from bio_inspired_nanochat.benchmarks.records import (
     shown,
 )
 from bio_inspired_nanochat.benchmarks.timing import Spread, paired_ratio
+from bio_inspired_nanochat.benchmarks.train import CPU_ROWS, TrainingSizes
 from bio_inspired_nanochat.common import Rank, pick_device, say, table, this_rank
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, dtype_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, guards
 from bio_inspired_nanochat.training.clock import wait_for_device
@@ -41,7 +40,6 @@ from bio_inspired_nanochat.training.plan import Plan, make_plan
 from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, process_group
 
 _KINDS, _WAYS = ("vanilla", "synaptic"), ("ddp", "fsdp")
-_CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512, "device_batch_size": 2}
 _TRAINING = knobs_of(TrainConfig)
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 100
 WARM_STEPS = 3
@@ -62,14 +60,9 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class BenchScalingConfig:
-    """Models of one size, trained by one process and by all. Sizes that are auto are those of training on CUDA, and small elsewhere."""
+class BenchScalingConfig(TrainingSizes):
+    """Models of one size, trained by one process and by all."""
 
-    depth: int | None = knob(None, "number of layers, the width follows; auto is 12 on CUDA, 2 elsewhere", lo=1, hi=256)
-    n_embd: int | None = knob(None, "width; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
-    head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
-    max_seq_len: int | None = knob(None, "context length; auto is that of training on CUDA, 128 elsewhere", lo=2, hi=1 << 20, unit="tokens")
-    vocab_size: int | None = knob(None, "token ids; auto is that of training on CUDA, 512 elsewhere", lo=266, hi=1 << 20)
     device_batch_size: int | None = knob(
         None,
         "rows of one forward of one process; auto is half of what the synaptic model fits on CUDA, 2 elsewhere",
@@ -80,17 +73,17 @@ class BenchScalingConfig:
     accumulation: int = knob(1, "forwards of one process per step, whose gradients travel once", lo=1, hi=1 << 20)
     models: tuple[str, ...] = knob(_KINDS, "models to train", choices=_KINDS)
     parallel: tuple[str, ...] = knob(_WAYS, "how the processes share a model", choices=_WAYS)
-    bucket_mb: float = knob(25.0, "see base_train", lo=0.01, hi=4096.0, unit="MB")
-    reduce_dtype: str = knob("float32", "see base_train", choices=_TRAINING["reduce_dtype"].choices)
-    reshard: bool = knob(False, "see base_train; of the fsdp runs", off=False)
+    bucket_mb: float = knob(25.0, _TRAINING["bucket_mb"].doc, lo=0.01, hi=4096.0, unit="MB")
+    reduce_dtype: str = knob("float32", _TRAINING["reduce_dtype"].doc, choices=_TRAINING["reduce_dtype"].choices)
+    reshard: bool = knob(False, _TRAINING["reshard"].doc, off=False)
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
     compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     steps: int = knob(5, "steps of each competitor in a round", lo=1, hi=1000, unit="steps")
     seconds: float = knob(60.0, "time for the rounds of one model; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
     trace: str | None = knob(None, "folder for the profiler's traces of the first process (CUDA)", none="none")
-    device: str = knob("auto", "where to run; auto takes CUDA, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = knob("auto", "where to run; auto takes CUDA, then the CPU", choices=("auto", "cpu", "cuda"))
+    dtype: str = dtype_knob()
     seed: int = knob(0, "seed of weights and tokens", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 
@@ -139,18 +132,14 @@ def _rows(config: BenchScalingConfig, device: torch.device) -> int:
     if config.device_batch_size is not None:
         return config.device_batch_size
     if device.type != "cuda":
-        return _CPU_SIZES["device_batch_size"]
+        return CPU_ROWS
     return max(1, _plan(config, device, 1, None, "synaptic", "ddp").rows // 2)
 
 
 def _plan(config: BenchScalingConfig, device: torch.device, world: int, rows: int | None, kind: str, way: str) -> Plan:
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size")}
-    if device.type != "cuda":
-        sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared: dict[str, Any] = {
-        name: getattr(config, name) for name in ("n_embd", "head_dim", "compile", "dtype", "seed", "bucket_mb", "reduce_dtype")
-    }
-    base = TrainConfig(**sizes, **shared, num_iterations=1, device_batch_size=rows, parallel=way, reshard=config.reshard and way == "fsdp")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("compile", "dtype", "seed", "bucket_mb", "reduce_dtype")}
+    shared |= config.sizes(device) | {"device_batch_size": rows, "parallel": way, "reshard": config.reshard and way == "fsdp"}
+    base = TrainConfig(**shared, num_iterations=1)
     if kind == "synaptic":
         base = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
     if rows is None:

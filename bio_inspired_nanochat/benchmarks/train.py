@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.benchmarks.records import (
-    DEVICES,
-    DTYPES,
     check_record_path,
     free_unused,
     keep_record,
@@ -24,7 +22,7 @@ from bio_inspired_nanochat.benchmarks.records import (
 )
 from bio_inspired_nanochat.benchmarks.timing import Competitor, Course, Spread, interleave, paired_ratio, warm_up
 from bio_inspired_nanochat.common import pick_device, progress, say, table
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, device_knob, dtype_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, guards
 from bio_inspired_nanochat.training.clock import wait_for_device
@@ -32,20 +30,33 @@ from bio_inspired_nanochat.training.hardware import GIB, peak_flops
 from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.plan import Plan, make_plan
 
-_CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512, "device_batch_size": 2}
+CPU_ROWS = 2
+_CPU_SIZES = {"depth": 2, "max_seq_len": 128, "vocab_size": 512}
 _TRAINING = knobs_of(TrainConfig)
 COLUMNS = ("model", "step ms", "quartiles", "forward+backward ms", "tok/s", "MFU", "memory GiB", "parameters", "steps")
 
 
 @dataclass(frozen=True)
-class BenchTrainConfig:
-    """Two models of one size and batch. Sizes that are auto are those of training on CUDA, and small elsewhere."""
+class TrainingSizes:
+    """The size of all models of a benchmark: where it is auto that of training on CUDA, and small elsewhere."""
 
     depth: int | None = knob(None, "number of layers, the width follows; auto is 12 on CUDA, 2 elsewhere", lo=1, hi=256)
     n_embd: int | None = knob(None, "width; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
     head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
     max_seq_len: int | None = knob(None, "context length; auto is that of training on CUDA, 128 elsewhere", lo=2, hi=1 << 20, unit="tokens")
     vocab_size: int | None = knob(None, "token ids; auto is that of training on CUDA, 512 elsewhere", lo=266, hi=1 << 20)
+
+    def sizes(self, device: torch.device) -> dict[str, Any]:
+        """These fields as those of a TrainConfig for this device; None is what training itself would take."""
+        found = {name: getattr(self, name) for name in knobs_of(TrainingSizes)}
+        small = {} if device.type == "cuda" else _CPU_SIZES
+        return {name: small.get(name) if value is None else value for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class BenchTrainConfig(TrainingSizes):
+    """Two models of one size and batch."""
+
     device_batch_size: int | None = knob(
         None, "rows of one forward; auto is what the synaptic model fits on CUDA, 2 elsewhere", lo=1, hi=1 << 20, aliases=("batch_size",)
     )
@@ -62,8 +73,8 @@ class BenchTrainConfig:
     compile: str = knob("auto", "torch.compile of all; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     graph: str = knob("auto", _TRAINING["graph"].doc, choices=_TRAINING["graph"].choices)
     seconds: float = knob(60.0, "time for the timed steps; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = device_knob()
+    dtype: str = dtype_knob()
     seed: int = knob(0, "seed of weights and tokens", lo=0, hi=(1 << 63) - 1)
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 
@@ -149,15 +160,10 @@ def _names(plans: Sequence[Plan]) -> tuple[str, ...]:
 
 def make_plans(config: BenchTrainConfig, device: torch.device) -> tuple[Plan, ...]:
     """The vanilla and the synaptic plan, and the one with experts where it is asked for, of one batch."""
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in ("depth", "max_seq_len", "vocab_size", "device_batch_size")}
-    if device.type != "cuda":
-        sizes = {name: _CPU_SIZES[name] if value is None else value for name, value in sizes.items()}
-    shared: dict[str, Any] = {
-        name: getattr(config, name) for name in ("n_embd", "head_dim", "backend", "compile", "graph", "dtype", "seed")
-    }
-    base = TrainConfig(**sizes, **shared, num_iterations=1)
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("backend", "compile", "graph", "dtype", "seed")}
+    base = TrainConfig(**config.sizes(device), **shared, num_iterations=1)
     synaptic = dataclasses.replace(base, synapses=True, syn_preset=config.syn_preset, syn_cfg=config.syn_cfg)
-    rows = config.device_batch_size or make_plan(synaptic, device, 1).rows
+    rows = config.device_batch_size or (make_plan(synaptic, device, 1).rows if device.type == "cuda" else CPU_ROWS)
     length = make_plan(dataclasses.replace(base, device_batch_size=1), device, 1).model.sequence_len
     batch: dict[str, Any] = {"device_batch_size": rows, "total_batch_size": config.total_batch_size or rows * length}
     models = [base, synaptic]

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from bio_inspired_nanochat.benchmarks.records import DEVICES, check_record_path, free_unused, keep_record, place, short
+from bio_inspired_nanochat.benchmarks.records import check_record_path, free_unused, keep_record, place, short
 from bio_inspired_nanochat.benchmarks.timing import Competitor, interleave, warm_up
 from bio_inspired_nanochat.common import pick_device, say, table
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, knobs_of, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, device_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.training import Callback, StepRecord, TrainConfig
 from bio_inspired_nanochat.training.callbacks import JsonLog, Run
 from bio_inspired_nanochat.training.looks import EVERY, Looks
@@ -41,7 +41,7 @@ class BenchVitalsConfig:
     vitals_every: int | None = knob(_DEFAULTS.vitals_every, _TRAINING["vitals_every"].doc.partition("; 0")[0], lo=1, unit="steps")
     log_every: int = knob(_DEFAULTS.log_every, _TRAINING["log_every"].doc.partition("; 0")[0], lo=1, unit="steps")
     seconds: float = knob(60.0, "time for the timed runs", lo=0.0, hi=1e6, unit="seconds")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
+    device: str = device_knob()
     json: str | None = knob(None, "file for the record, besides the last line of the output", none="none")
 
     def __post_init__(self) -> None:

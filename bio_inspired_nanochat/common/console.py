@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from bio_inspired_nanochat.common.device import this_rank
+from bio_inspired_nanochat.common.rank import this_rank
 
 _BROKEN_PIPE_EXIT = 141  # 128 + SIGPIPE, what a shell reports for a program whose reader went away
 _live: list[Any] = []  # the rich displays that are on the screen now; plain lines have to go above them

@@ -1,9 +1,8 @@
-"""Devices, dtypes and ranks."""
+"""Devices and dtypes."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 
@@ -46,23 +45,3 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.bfloat16
     return torch.float32
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process among its peers, as torchrun announces it."""
-
-    index: int
-    local: int
-    world: int
-
-    @property
-    def first(self) -> bool:
-        """Whether this is rank 0, the one that writes files and prints."""
-        return self.index == 0
-
-
-def this_rank() -> Rank:
-    """The rank from torchrun's environment, or the single process."""
-    env = os.environ
-    return Rank(int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0")), int(env.get("WORLD_SIZE", "1")))

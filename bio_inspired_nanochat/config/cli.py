@@ -90,7 +90,7 @@ def parse_command(
         if not words:
             raise UserError(f"a command is missing: {_started(prog)} followed by one of {', '.join(commands)}")
         lines = [f"usage: {_started(prog)} COMMAND [OPTIONS]", "", _wrapped(description), "", "commands (each has its own --help):"]
-        lines += [f"  {name:<14} {_about(cls)}" for name, cls in commands.items()]
+        lines += [_wrapped(f"  {name:<14} {_about(cls)}", indent=17) for name, cls in commands.items()]
         _print_page("\n".join(lines) + "\n")
         raise SystemExit(0)
     name = words[0]
@@ -315,8 +315,8 @@ def _started(prog: str) -> str:
     return f"python -m {prog}" if prog.startswith("scripts.") else prog
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, shutil.get_terminal_size().columns, break_on_hyphens=False)
+def _wrapped(text: str, indent: int = 0) -> str:
+    return textwrap.fill(text, shutil.get_terminal_size().columns, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def _sections(cls: type, flags: dict[str, Flag]) -> dict[str, str]:

@@ -105,6 +105,16 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def device_knob(default: str = "auto", what: str = "where to run") -> Any:
+    """The field that every `--device` is made from, for `common.pick_device`; what: what runs there."""
+    return knob(default, f"{what}; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+
+
+def dtype_knob(what: str = "activations") -> Any:
+    """The field of a `--dtype` that may follow the device (`common.compute_dtype`); what: what has that dtype."""
+    return knob("auto", f"{what}; auto is bfloat16 on GPUs that have it, else float32", choices=("auto", "float32", "bfloat16"))
+
+
 def knobs_of(config: Any) -> dict[str, Knob]:
     """The Knob of every field of a config class or instance, in order of definition."""
     return {f.name: f.metadata["knob"] for f in dataclasses.fields(config) if "knob" in f.metadata}

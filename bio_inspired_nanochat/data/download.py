@@ -30,7 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bio_inspired_nanochat.common import progress, say, sha256_file, write_atomic
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import REQUIRED, knob, validate
 from bio_inspired_nanochat.data.shards import list_shards
 from bio_inspired_nanochat.errors import UserError
 
@@ -45,13 +45,17 @@ _LASTING = {400, 401, 403, 404, 405, 410, 451}  # answers that asking again does
 class DownloadConfig:
     """Either fetch the shards of a manifest into a folder, or make the manifest of a local folder."""
 
-    manifest: str = knob("", "manifest file to fetch from, or to write with make_manifest")
-    out: str = knob("", "folder for the shards")
+    manifest: str = knob(REQUIRED, "manifest file to fetch from, or to write with --make_manifest")
+    out: str = knob("", "folder for the shards, needed unless a manifest is made")
     num_shards: int = knob(
-        0, "training shards to fetch, from the first on; the last one of the manifest always comes too", lo=-1, hi=1_000_000, off=0
+        0,
+        "training shards to fetch, from the first on, and the last of the manifest, which validates; 0 or -1: all",
+        lo=-1,
+        hi=1_000_000,
+        off=0,
     )
     workers: int = knob(4, "files fetched at the same time", lo=1, hi=64)
-    base_url: str = knob("", "address of the files, {name} standing for the name; replaces the manifest's")
+    base_url: str = knob("", "address of the files, {name} standing for the name; empty takes the manifest's")
     make_manifest: str = knob("", "local folder of shards to write a manifest for", off="")
     timeout: float = knob(30.0, "longest wait for an answer or the next bytes", lo=0.1, hi=600.0, log=True, unit="seconds")
     attempts: int = knob(5, "attempts without progress before a file is given up", lo=1, hi=100)
@@ -59,8 +63,6 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        if not self.manifest:
-            raise UserError("--manifest is missing: the file that lists the shards (see --make_manifest)")
         if not self.make_manifest and not self.out:
             raise UserError("--out is missing: the folder for the shards")
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from bio_inspired_nanochat.common import base_dir, progress, say
 from bio_inspired_nanochat.data.demo import prepare_demo
-from bio_inspired_nanochat.data.loader import PackedLoader
 from bio_inspired_nanochat.data.shards import DamagedShard, ShardPart, fingerprint, list_shards, open_shard, read_rows
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from bio_inspired_nanochat.data.loader import PackedLoader
 
 TOKENIZER_CHARS = 200_000_000
 _DOCUMENT_CHARS = 10_000  # of one document for the tokenizer, so that a few long ones do not outweigh the rest
@@ -51,6 +53,8 @@ class DataSource:
         **options: Any,
     ) -> PackedLoader:
         """The packed batches of a split; `options` are the further arguments of `PackedLoader`."""
+        from bio_inspired_nanochat.data.loader import PackedLoader  # imported late: preparing text needs no PyTorch
+
         return PackedLoader(self.parts(split), tokenizer, batch_size, sequence_len, rank, world, loop, **options)
 
     def texts(self, split: str, max_chars: int | None = None, document_chars: int | None = None) -> Iterator[str]:

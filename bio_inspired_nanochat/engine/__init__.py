@@ -1,14 +1,11 @@
 """Text from a model: sampling, streaming, conversations, sessions with memory."""
 
 from bio_inspired_nanochat.engine.calculator import calculate
-from bio_inspired_nanochat.engine.conversation import Message, Overflow, Style, fit, render, stop_ids, style_of, transcript
+from bio_inspired_nanochat.engine.conversation import Message, fit, render, stop_ids, style_of, transcript
 from bio_inspired_nanochat.engine.generation import (
     TUNED_FOLDER,
-    Finish,
-    Generation,
     Loaded,
     Sampling,
-    Stepper,
     context_length,
     generate,
     generate_batch,
@@ -17,23 +14,17 @@ from bio_inspired_nanochat.engine.generation import (
     source_path,
 )
 from bio_inspired_nanochat.engine.reply import Piece, Reply, ReplyOptions
-from bio_inspired_nanochat.engine.session import ChatSession, Turn
+from bio_inspired_nanochat.engine.session import ChatSession
 
 __all__ = [
     "TUNED_FOLDER",
     "ChatSession",
-    "Finish",
-    "Generation",
     "Loaded",
     "Message",
-    "Overflow",
     "Piece",
     "Reply",
     "ReplyOptions",
     "Sampling",
-    "Stepper",
-    "Style",
-    "Turn",
     "calculate",
     "context_length",
     "fit",

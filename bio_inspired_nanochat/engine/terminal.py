@@ -13,7 +13,7 @@ from typing import Any
 
 from bio_inspired_nanochat.common import pick_device, say
 from bio_inspired_nanochat.common.console import on_terminal, write
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import device_knob, knob, validate
 from bio_inspired_nanochat.engine.generation import Loaded, Sampling, load, source_path
 from bio_inspired_nanochat.engine.reply import MOST_SAMPLES, Piece, ReplyOptions
 from bio_inspired_nanochat.engine.session import ChatSession, Turn
@@ -47,7 +47,7 @@ class ChatConfig:
         0, "random releases behind each token; on a terminal a tint shows how far they disagree", lo=0, hi=MOST_SAMPLES, off=0
     )
     seed: int = knob(0, "seed of the first answer; each further answer takes the next one", lo=0, hi=(1 << 62) - 1)
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
 
     def __post_init__(self) -> None:
         validate(self)

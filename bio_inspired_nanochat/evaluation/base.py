@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.common import pick_device, say
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import device_knob, knob, validate
 from bio_inspired_nanochat.data import DataSource, resolve_data
 from bio_inspired_nanochat.engine import Loaded, generate_batch, load
 from bio_inspired_nanochat.errors import UserError
@@ -32,7 +32,7 @@ class BaseEvalConfig:
     device_batch_size: int = knob(8, "rows of one forward", lo=1, hi=1 << 20, aliases=("batch_size",))
     data_dir: str | None = knob(None, "folder of parquet shards; auto is what the model was trained on", path="exists")
     dataset: str | None = knob(None, "name of a Hugging Face dataset to use instead", none="none")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
     seed: int = knob(0, "seed of the samples", lo=0, hi=(1 << 63) - 1)
 
     def __post_init__(self) -> None:

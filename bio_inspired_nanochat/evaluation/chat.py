@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.common import pick_device, progress, say, table
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import device_knob, knob, validate
 from bio_inspired_nanochat.engine import Loaded, Message, Reply, ReplyOptions, Sampling, context_length, load, render, source_path, style_of
 from bio_inspired_nanochat.engine.conversation import turn_end
 from bio_inspired_nanochat.errors import UserError, nearest
@@ -37,7 +37,7 @@ class ChatEvalConfig:
     temperature: float = knob(0.8, "spread of those answers; questions are answered by the most likely tokens", lo=0.0, hi=100.0, off=0.0)
     top_k: int = knob(50, "draw those answers from this many most likely tokens; 0 from all", lo=0, hi=1 << 20, off=0)
     show: int = knob(3, "answers to print", lo=0, hi=len(PROMPTS), off=0)
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
     seed: int = knob(0, "seed of the questions and of the answers to the prompts", lo=0, hi=(1 << 62) - 1)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bio_inspired_nanochat.common import pick_device, table
-from bio_inspired_nanochat.config import knob
+from bio_inspired_nanochat.config import device_knob, knob
 from bio_inspired_nanochat.errors import UserError, nearest
 from bio_inspired_nanochat.evaluation.base import opened, text_source
 from bio_inspired_nanochat.evaluation.setting import Amounts
@@ -19,18 +19,23 @@ ON_REQUEST = ("experts", "core", "pairs", "lm_eval")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteConfig(Amounts):
-    """Which evaluations to run on which checkpoint."""
+class Subject:
+    """What is evaluated, by what, and where."""
 
     checkpoint: str | None = knob(None, "checkpoint: a step, a run or a folder of runs; auto is the newest of all runs", path="exists")
     tasks: str = knob(
         "auto",
-        f"names of evaluations with commas between, all of them for all; auto takes {', '.join(ALWAYS)} and what a flag or the model gives "
+        f"names of evaluations, separated by commas, or all; auto takes {', '.join(ALWAYS)} and what a flag or the model gives "
         f"a reason for ({', '.join(ON_REQUEST)})",
     )
     data_dir: str | None = knob(None, "folder of parquet shards; auto is what the model was trained on", path="exists")
     dataset: str | None = knob(None, "name of a Hugging Face dataset to use instead", none="none")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteConfig(Amounts, Subject):
+    """Which evaluations to run on which checkpoint. The fields of the last base come first, so `--help` begins with them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

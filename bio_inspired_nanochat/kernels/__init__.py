@@ -273,7 +273,7 @@ def fused_opening(
 
 
 def fused_obstacle(q: Tensor, theta: Tensor, params: PresynParams, noise: ReleaseNoise | None = None) -> str | None:
-    """Why `fused_attention` cannot serve a call, or None."""
+    """Why `fused_attention` cannot serve a call with q [B, H, T, D] and theta [H], as half a sentence for a message, or None."""
     if obstacle := triton_obstacle(q, params.tick, theta):
         return obstacle
     from bio_inspired_nanochat.kernels import fused  # imported late: a machine without Triton never gets here

@@ -228,7 +228,10 @@ class TokenSite:
 
 
 def obstacle(cache: Mapping[str, Tensor], terminals: PresynParams | None, random: bool) -> str | None:
-    """Why these kernels cannot serve a layer with this cache, or None. random: release is to be drawn."""
+    """Why these kernels cannot serve a layer, as half a sentence for a message, or None.
+
+    cache: its tensors by name, of which keys k are [B, Hkv, L, D]; terminals: None without; random: release is to be drawn.
+    """
     if terminals is not None and terminals.lateral_strength is not None:
         return "lateral inhibition looks across keys"
     if random and terminals is not None and terminals.sampler is not None:

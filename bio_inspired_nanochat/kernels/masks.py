@@ -17,7 +17,7 @@ def query_positions(q_start: QStart, length: int, device: torch.device) -> Tenso
 
 
 def local_ticks(q_start: QStart, positions: Tensor, tick: int) -> Tensor:
-    """Tick index of each query counted from its row's first touched tick, same shape as `positions`."""
+    """Tick index of each query counted from its row's first touched tick, of the shape of `positions` (see `query_positions`)."""
     first = q_start // tick if isinstance(q_start, int) else (q_start.to(positions.device) // tick)[:, None]
     return positions // tick - first
 

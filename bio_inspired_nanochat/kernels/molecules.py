@@ -105,7 +105,7 @@ def latch_step(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityPara
 
 
 def latch_slopes(camkii: Tensor, pp1: Tensor, calcium: Tensor, params: DensityParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Derivatives of `latch_step`: dK+/dK, dK+/dP, dP+/dK, dP+/dP."""
+    """Derivatives of `latch_step`: dK+/dK, dK+/dP, dP+/dK, dP+/dP, each of the shape of calcium."""
     on, off, rise, fall = latch_rates(camkii, pp1, calcium, params)
     rate, speed = on + off, rise + fall
     late, slow = params.tick / params.tau_camkii, params.tick / params.tau_pp1

@@ -90,7 +90,7 @@ def states_of(state: PresynState) -> dict[str, Tensor]:
 
 
 def state_from(values: Mapping[str, Tensor], open_drive: Tensor) -> PresynState:
-    """The inverse of `states_of`."""
+    """The inverse of `states_of`: `values` by name and `open_drive`, [B, H, Tk] each."""
     slots = [value for name, value in values.items() if name.startswith("ring")]
     plain = {name: value for name, value in values.items() if not name.startswith("ring")}
     return PresynState(**plain, open_drive=open_drive, ring=torch.stack(slots, dim=-1) if slots else None)

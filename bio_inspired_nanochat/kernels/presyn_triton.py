@@ -69,7 +69,10 @@ def presyn_adjoint(
     first: Tensor | None,
     layer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of drive, constants and start, of their shapes, from those of the outputs and of the final state."""
+    """Gradients of drive, constants and start, of their shapes, from those of the outputs and of the final state.
+
+    drive [B, H, N, Tk]; grad_out [outputs, B, H, N, Tk]; check: the states at every `Spec.every`-th tick, kept by the forward.
+    """
     kernels = kernels_for(signature)
     batch, heads, ticks, keys = drive.shape
     states, every = len(kernels.spec.states), kernels.spec.every(ticks)

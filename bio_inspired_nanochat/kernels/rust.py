@@ -113,14 +113,14 @@ def terminal_obstacle(p: PresynParams, random: bool) -> str | None:
 
 
 def drive_obstacle(q: Tensor, k: Tensor, theta: Tensor, doc: Tensor | None) -> str | None:
-    """Why `tick_drive` cannot serve a call, or None."""
+    """Why the extension's `tick_drive` cannot serve a call, as half a sentence for a message, or None. Shapes are those of the operator."""
     return _document_obstacle(doc) or obstacle(q, k, theta) or _single(theta, "thresholds")
 
 
 def presyn_obstacle(
     drive: Tensor, p: PresynParams, state: PresynState | None, noise: object | None, record: object | None = None
 ) -> str | None:
-    """Why `presyn` cannot serve a call, or None."""
+    """Why the extension's `presyn` cannot serve a call, or None; noise and record count only by being there."""
     tensors = [value for value in p if isinstance(value, Tensor)] + list((state or PresynState(drive, drive, drive)).parts().values())
     if record is not None:
         return "it keeps no record of the terminals' course"
@@ -128,7 +128,7 @@ def presyn_obstacle(
 
 
 def attention_obstacle(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, doc: Tensor | None) -> str | None:
-    """Why `tick_biased_attention` cannot serve a call, or None."""
+    """Why the extension's `tick_biased_attention` cannot serve a call, or None; beta may be in float32 alone."""
     found = _document_obstacle(doc) or obstacle(q, k, v, beta)
     return found if found or beta is None else _single(beta, "biases")
 

@@ -102,7 +102,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("bio_inspired_nanochat::running_sum_adjoint", mutates_args=())
 def running_sum_adjoint(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum from the end over the last dimension: the adjoint of `running_sum`, in the dtype of its input."""
+    """grad [..., T] summed from the end over T: the adjoint of `running_sum`. Returned in `dtype`, that of the sum's input."""
     return grad.contiguous().flip(-1).cumsum(-1).flip(-1).to(dtype)
 
 

@@ -195,7 +195,10 @@ FEWEST = 16  # rows of the smallest matrix product
 
 
 def tile_for(kernel: str, q: Tensor, tick: int) -> Tile:
-    """The tile of a kernel on q's device; float32 operands take twice the shared memory, so they get half the keys."""
+    """The tile of a kernel on the device of q [B, H, T, D], of whole ticks of `tick` tokens.
+
+    float32 operands take twice the shared memory, so they get half the keys.
+    """
     wide = q.shape[3] > 64
     tile = TILES[kernel][wide]
     if INTERPRETED:
@@ -266,7 +269,7 @@ def key_gradients(q: Tensor, k: Tensor) -> Tensor:
 
 
 def sum_groups(grad: Tensor, k: Tensor) -> Tensor:
-    """Gradient per key head of `key_gradients`."""
+    """What `key_gradients` holds, grad [B, H, Tk, D], summed over the query heads that share a key head: [B, Hkv, Tk, D] in k's dtype."""
     return grad if grad.shape[1] == k.shape[1] else grad.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
 
 
@@ -358,7 +361,7 @@ class Site(NamedTuple):
     count: int
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, ...]:
-        """The arguments of every kernel from `first` to `ticks`."""
+        """The arguments of every kernel from `first` to `ticks`, for q [B, H, Tq, D] and k [B, Hkv, Tk, D]; window 0 is none."""
         docs = 0 if self.doc is None else self.doc.shape[1]
         group = q.shape[1] // k.shape[1]
         return (
@@ -380,11 +383,11 @@ class Site(NamedTuple):
         }  # fmt: skip
 
     def query_grid(self, q: Tensor, tile: Tile) -> tuple[int, int]:
-        """Programs over tiles of queries, which start on a tick."""
+        """The launch grid (tiles of queries, pairs of row and head); tiles start on a tick, so a start in mid-tick may cost one more."""
         return triton.cdiv(self.q_start % self.tick + q.shape[2], tile.queries), self.count
 
     def key_grid(self, k: Tensor, tile: Tile) -> tuple[int, int]:
-        """Programs over blocks of keys."""
+        """The launch grid (blocks of keys, pairs of row and head) for k [B, Hkv, Tk, D]."""
         return triton.cdiv(k.shape[2], tile.keys), self.count
 
     def mask(self, instead: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.common import pick_device, say
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import device_knob, knob, validate
 from bio_inspired_nanochat.engine import Loaded, load
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.neuroviz import figures
@@ -28,7 +28,7 @@ class GalleryConfig:
     out: str = knob("pictures", "folder for the pictures")
     sentence: str = knob(SENTENCE, f"what the model reads for rasters and attention; its first {MOST_TOKENS} tokens count")
     method: str = knob("pca", "how experts are arranged on their map; umap needs the package umap-learn", choices=("pca", "umap"))
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
 
     def __post_init__(self) -> None:
         validate(self)

@@ -9,7 +9,7 @@ from typing import Any
 from bio_inspired_nanochat.config.knobs import REQUIRED, Knob
 from bio_inspired_nanochat.config.mechanisms import BETWEEN_STEPS, LIFE_CYCLE
 from bio_inspired_nanochat.config.synaptic import SynapticConfig
-from bio_inspired_nanochat.config.tables import KnobRow, default_text, knob_table, markdown_table
+from bio_inspired_nanochat.config.tables import default_text, knob_table, markdown_table
 from bio_inspired_nanochat.errors import UserError, nearest
 from bio_inspired_nanochat.registry.extra import add_gate_drive, check_extra
 from bio_inspired_nanochat.registry.mechanisms import FAST_RULES, GENERAL, MECHANISMS, Mechanism
@@ -18,7 +18,6 @@ __all__ = [
     "BETWEEN_STEPS",
     "GENERAL",
     "MECHANISMS",
-    "KnobRow",
     "Mechanism",
     "active_mechanisms",
     "add_gate_drive",

@@ -15,7 +15,7 @@ from bio_inspired_nanochat.synaptic.moe import Probe, Routing, SynapticMoE
 from bio_inspired_nanochat.synaptic.postsynaptic import Density, SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import GAINS, Presynaptic
 from bio_inspired_nanochat.synaptic.roles import active_size, flops_per_token, param_roles
-from bio_inspired_nanochat.synaptic.state import Chunk, ExpertState, Extras, FastState, LayerState, Place, SynapseState
+from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState, Place, SynapseState
 from bio_inspired_nanochat.synaptic.telemetry import LayerTelemetry, auxiliary_loss, summarise, vitals
 
 __all__ = [
@@ -31,10 +31,8 @@ __all__ = [
     "Density",
     "Embedding",
     "Engram",
-    "ExpertState",
     "ExpertSynapse",
     "Extras",
-    "FastState",
     "LayerState",
     "LayerTelemetry",
     "Linear",

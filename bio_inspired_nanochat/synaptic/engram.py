@@ -33,7 +33,7 @@ class Engram:
 
     @classmethod
     def of(cls, layers: Sequence[Tensors]) -> Engram:
-        """A copy out of the tensors of each layer's state. Raises UserError when there are no fast weights."""
+        """A copy out of the tensors of each layer's state, by the names of `LayerState.tensors`. UserError where no layer has fast weights."""
         parts = [
             {n: t.clone() for n, t in tensors.items() if n.startswith("fast.") and n.rpartition(".")[2] in PARTS} for tensors in layers
         ]
@@ -43,7 +43,7 @@ class Engram:
 
     @staticmethod
     def layout_of(layers: Sequence[Tensors]) -> str:
-        """The fingerprint of a model, from the tensors of each layer's state."""
+        """The fingerprint of a model from the tensors of each layer's state: heads, head sizes and modes, as JSON that errors can compare."""
         weights = [{n.split(".")[1]: t.shape[1] for n, t in tensors.items() if n.endswith(".weights")} for tensors in layers]
         keys = [(tensors["k"].shape[1], tensors["k"].shape[3]) for tensors in layers]
         return json.dumps({"keys": keys, "modes": weights}, sort_keys=True)

@@ -90,7 +90,7 @@ class Density(nn.Module):
                 parameter.fill_(UNIT if leaf == "decay" or leaf in self.positive else 0.0)
 
     def constants(self) -> dict[str, Tensor]:
-        """The positive constants, 0-d, in their own unit; differentiable."""
+        """The learned positive constants by knob name: 0-d, in the unit of the knob, at birth its value; differentiable."""
         return {name: getattr(self.cfg, name) * F.softplus(getattr(self, name)) for name in self.positive}
 
     def decay_time(self) -> Tensor:

@@ -24,6 +24,6 @@ class Snapshot:
         return b"".join([view.tobytes() for _, view in self._places])
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same tensors with the same values, to the bit."""
+        """Whether these are the same tensors, of any shapes and in the same order, with the same values to the bit."""
         same = len(tensors) == len(self._places) and all(x.data_ptr() == at for x, (at, _) in zip(tensors, self._places, strict=True))
         return same and self._read() == self._bytes

@@ -121,7 +121,7 @@ class LayerState:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> LayerState:
-        """The state with these tensors, named as by `tensors`."""
+        """The state with these tensors (not copies), named as by `tensors`. KeyError when a part of fast weights is missing."""
         keys = dict.fromkeys(name.split(".")[1] for name in tensors if name.startswith(FAST))
         fast = {key: FastState(*(tensors[f"{FAST}{key}.{part}"] for part in FastState._fields)) for key in keys}
         parts = [tensors[f"{EXPERTS}{part}"] for part in ExpertState._fields if f"{EXPERTS}{part}" in tensors]

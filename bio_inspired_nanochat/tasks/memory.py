@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bio_inspired_nanochat.config.knobs import knob, validate
-from bio_inspired_nanochat.errors import UserError, nearest
+from bio_inspired_nanochat.errors import UserError
 
 BEGIN, ASK, IS, STOP, THE, HAS, WHAT, OF, CONTEXT_A, CONTEXT_B = range(10)
 SPECIAL = 10  # fillers have the ids from here on, then come the task's own words
@@ -407,10 +407,3 @@ class Switching(MemoryTask):
 
 
 TASKS: Mapping[str, type[MemoryTask]] = {task.name: task for task in (Recall, Binding, Facts, Switching)}
-
-
-def memory_task(name: str, **settings: int) -> MemoryTask:
-    """A task by name. Raises UserError for an unknown name and for settings out of bounds."""
-    if name not in TASKS:
-        raise UserError(f"task={name!r} is not valid: one of {', '.join(TASKS)}{nearest(name, TASKS)}")
-    return TASKS[name](**settings)

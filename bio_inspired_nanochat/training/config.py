@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from bio_inspired_nanochat.config import PRESETS, GPTConfig, SynapticConfig, knob, knobs_of, sizes_from_depth, validate
+from bio_inspired_nanochat.config import (
+    PRESETS,
+    GPTConfig,
+    SynapticConfig,
+    device_knob,
+    dtype_knob,
+    knob,
+    knobs_of,
+    sizes_from_depth,
+    validate,
+)
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import OptimConfig
 
@@ -126,8 +136,8 @@ class TrainConfig:
     )
     log_every: int = knob(10, "steps between log lines; 0 logs none", lo=0, off=0, unit="steps")
 
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=("auto", "float32", "bfloat16"))
+    device: str = device_knob()
+    dtype: str = dtype_knob()
     parallel: str = knob(
         "ddp",
         "how several processes share the model: ddp keeps it whole on each and averages gradients, fsdp divides parameters, gradients and "
@@ -142,7 +152,9 @@ class TrainConfig:
         unit="MB",
     )
     reduce_dtype: str = knob(
-        "float32", "in which gradients travel between processes; bfloat16 halves the bytes and rounds", choices=("float32", "bfloat16")
+        "float32",
+        "dtype in which gradients travel between processes; bfloat16 halves the bytes and rounds",
+        choices=("float32", "bfloat16"),
     )
     reshard: bool = knob(
         False, "under fsdp, free a block's gathered parameters after its forward: less memory, and they travel once more", off=False

@@ -62,7 +62,7 @@ class ExpertKeeper:
         return self.ledger.probes()
 
     def taps(self) -> list[Tensor]:
-        """What the backward of a forward with `probes` leaves its gradients at."""
+        """One [E, 2] per layer, at whose `grad` the backward of a forward with `probes` adds up, see `Ledger`."""
         return self.ledger.taps
 
     def add(self, routing: Sequence[Routing]) -> None:

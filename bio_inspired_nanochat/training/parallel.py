@@ -157,7 +157,10 @@ def whole_model(model: GPT) -> GPT:
 
 @torch.no_grad()
 def sleep_on(model: GPT, idx: Tensor, strength: float) -> float:
-    """`synaptic.sleep` also for a divided model; the relative norm of the change. Collective."""
+    """`synaptic.sleep` on this rank's idx [B, T], also for a divided model; returns the relative norm of the change. Collective.
+
+    What the ranks have read is averaged; a divided model is put together for it, and each rank keeps its rows of the result.
+    """
     read = whole_model(model)
     done = sleep(read, idx, strength)
     if read is not model:
@@ -168,5 +171,5 @@ def sleep_on(model: GPT, idx: Tensor, strength: float) -> float:
 
 
 def held(model: nn.Module) -> list[Tensor]:
-    """What this rank holds of every parameter, where it holds any."""
+    """The rows that this rank holds of every parameter, whole parameters of a model that is not divided; without the empty ones."""
     return [rows for param in model.parameters() if (rows := local(param)).numel()]

@@ -14,8 +14,9 @@ import torch
 from bio_inspired_nanochat.checkpoint import CHOOSE, Checkpoint, load_checkpoint, load_optimizer, save_checkpoint
 from bio_inspired_nanochat.common import Rank, pick_device, say, whole_tree
 from bio_inspired_nanochat.config import GPTConfig, from_dict, to_dict
-from bio_inspired_nanochat.data import DataSource, PackedLoader, StreamLoader, count_streams, ensure_tokenizer, join_states, resolve_data
-from bio_inspired_nanochat.data.streams import check_shared
+from bio_inspired_nanochat.data import DataSource, ensure_tokenizer, resolve_data
+from bio_inspired_nanochat.data.loader import PackedLoader
+from bio_inspired_nanochat.data.streams import StreamLoader, check_shared, count_streams, join_states
 from bio_inspired_nanochat.engine.conversation import TUNED
 from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.gpt import GPT

@@ -20,7 +20,7 @@ import torch
 
 from bio_inspired_nanochat.common import base_dir, pick_device, say, table, this_rank
 from bio_inspired_nanochat.common.console import duration
-from bio_inspired_nanochat.config import PRESETS, SynapticConfig, knob, validate
+from bio_inspired_nanochat.config import PRESETS, SynapticConfig, device_knob, knob, validate
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.data import DataSource, ensure_tokenizer, resolve_data
 from bio_inspired_nanochat.data.prepare import PrepareConfig, prepare
@@ -60,7 +60,7 @@ class SpeedrunConfig:
         none="none",
     )
     seed: int = knob(0, "seed of weights and samples, the same for both models", lo=0, hi=(1 << 62) - 1)
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
     syn_preset: str = knob("default", "synapses of the synaptic model", choices=tuple(PRESETS))
     n_embd: int | None = knob(None, "width of both models; auto is 64 per layer", lo=8, hi=16384, aliases=("width",))
     max_seq_len: int | None = knob(None, "context length; auto is 256 on a CPU, 1024 on a GPU", lo=8, hi=1 << 16, unit="tokens")
@@ -92,7 +92,7 @@ def read_config(argv: Sequence[str] | None, environ: Mapping[str, str], prog: st
                 raise UserError(str(error).replace(f"--{name}=", f"{variable}=")) from None
             words.append(f"--{name}={value}")
     description = (
-        "Train a vanilla and a synaptic model of one size on the same text, compare them and teach the synaptic one to chat, in at most 10 minutes. "
+        "Train a vanilla and a synaptic model of one size on the same text, compare them and teach the synaptic one to chat, within --minutes. "
         f"The variables {', '.join(VARIABLES.values())} set the defaults of the flags of that name."
     )
     typed = sys.argv[1:] if argv is None else argv

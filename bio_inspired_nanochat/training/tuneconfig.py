@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bio_inspired_nanochat.common import base_dir
-from bio_inspired_nanochat.config import from_dict, knob, knobs_of, validate
+from bio_inspired_nanochat.config import device_knob, dtype_knob, from_dict, knob, knobs_of, validate
 from bio_inspired_nanochat.engine import TUNED_FOLDER
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import OptimConfig
@@ -67,8 +67,8 @@ class TuneConfig:
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept; 0 keeps all", lo=0, off=0)
     log_every: int = knob(10, "steps between log lines; 0 logs none", lo=0, off=0, unit="steps")
 
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=("auto", "float32", "bfloat16"))
+    device: str = device_knob()
+    dtype: str = dtype_knob()
     compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
     graph: str = knob("auto", _GRAPH.doc, choices=_GRAPH.choices)
     checkpoint_dir: str | None = knob(

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bio_inspired_nanochat.benchmarks.records import DEVICES, DTYPES, dtype_of, place, quartiles, short
+from bio_inspired_nanochat.benchmarks.records import dtype_of, place, quartiles, short
 from bio_inspired_nanochat.benchmarks.timing import Competitor, Run, interleave, paired_ratio, warm_up
 from bio_inspired_nanochat.common import pick_device, table
-from bio_inspired_nanochat.config import PRESETS, GPTConfig, SynapticConfig, knob, validate
+from bio_inspired_nanochat.config import PRESETS, GPTConfig, SynapticConfig, device_knob, dtype_knob, knob, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig, build_optimizer
@@ -35,8 +35,8 @@ class BenchStackConfig:
     vocab_size: int = knob(256, "number of token ids", lo=2, hi=1 << 20)
     graph: bool = knob(True, "populations: record a step as a CUDA graph and replay it, as the search does", off=False)
     seconds: float = knob(60.0, "time limit", lo=0.0, hi=1e6, unit="seconds")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=DEVICES)
-    dtype: str = knob("auto", "activations; auto is bfloat16 on GPUs that have it, else float32", choices=DTYPES)
+    device: str = device_knob()
+    dtype: str = dtype_knob()
     seed: int = knob(0, "seed of weights and tokens", lo=0, hi=(1 << 63) - 1)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bio_inspired_nanochat.common import base_dir
-from bio_inspired_nanochat.config import PRESETS, REQUIRED, SynapticConfig, knob, validate
+from bio_inspired_nanochat.config import PRESETS, REQUIRED, SynapticConfig, device_knob, knob, validate
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tuning.objectives import ObjectiveConfig
 from bio_inspired_nanochat.tuning.space import GROUPS, Space, make_space, winners_of
@@ -26,7 +26,7 @@ class SearchConfig(ObjectiveConfig):
     )
     seeds: int = knob(2, "seeds that every candidate is measured under", lo=1, hi=1000)
     seed: int = knob(0, "seed of the search and of all that it draws", lo=0, hi=1 << 40)
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
     run_dir: str | None = knob(None, "folder of the run; auto is tuning/COMMAND in the base folder")
     workers: int = knob(0, "processes that train candidates; 0 trains in this one", lo=0, hi=256, off=0)
     eval_timeout: float = knob(3600.0, "a worker that takes longer loses its candidates, which rank worst", lo=0.1, hi=1e6, unit="seconds")
@@ -117,7 +117,7 @@ class BestConfig:
     run_dir: str = knob(REQUIRED, "folder of the run", path="dir")
     out: str = knob("tuned.json", "preset file to write")
     confirm_seeds: int = knob(5, "fresh seeds for a paired test against the start; 0 skips it", lo=0, hi=1000, off=0)
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
 
     def __post_init__(self) -> None:
         validate(self)

@@ -129,7 +129,7 @@ class Stack:
         return build_optimizer(self.named_parameters(), self.roles, config, n_embd=self.config.n_embd, batch_tokens=batch_tokens)
 
     def member(self, index: int) -> dict[str, Tensor]:
-        """State dict of one model."""
+        """State dict of model `index` of the K, without the leading K of the stacked weights: views, not copies, without gradient."""
         return {name: weight[index].detach() for name, weight in self.weights.items()}
 
     def logits(self, idx: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def tests_of(root: Path, changed: Iterable[str], narrow: bool) -> list[str]:
             if path in imports and _is_test(path):
                 found.add(path)
             elif path.startswith(f"{PACKAGE}/"):
-                found.update(_own_tests(root, path, imports, narrow))
+                found.update(_own_tests(path, imports, narrow))
     while helpers:
         module = helpers.pop()
         for path, names in imports.items():
@@ -130,7 +130,7 @@ def tests_of(root: Path, changed: Iterable[str], narrow: bool) -> list[str]:
     return sorted(found)
 
 
-def _own_tests(root: Path, path: str, imports: dict[str, set[str]], narrow: bool) -> set[str]:
+def _own_tests(path: str, imports: dict[str, set[str]], narrow: bool) -> set[str]:
     """Tests of the room of a module of the package, or only the file that is named like it."""
     parts = Path(path).with_suffix("").parts[1:]
     mirrored = Path("tests", *parts[:-1], f"test_{parts[-1]}.py").as_posix()

@@ -22,7 +22,7 @@ import uvicorn
 from bio_inspired_nanochat.benchmarks.records import quartiles, short
 from bio_inspired_nanochat.benchmarks.timing import Spread, paired_ratio
 from bio_inspired_nanochat.common import pick_device, progress, say, table
-from bio_inspired_nanochat.config import knob, validate
+from bio_inspired_nanochat.config import device_knob, knob, validate
 from bio_inspired_nanochat.engine import (
     Loaded,
     Message,
@@ -54,7 +54,7 @@ class BenchApiConfig:
     tokens: int = knob(128, "length of an answer, less where the model ends it itself", lo=2, hi=1 << 16, unit="tokens")
     clients: int = knob(8, "clients at the same time, for fairness", lo=2, hi=256)
     seconds: float = knob(60.0, "time to measure for, at least three rounds", lo=0.0, hi=3600.0, unit="seconds")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
 
     def __post_init__(self) -> None:
         validate(self)

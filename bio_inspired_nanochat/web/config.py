@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Protocol
 
-from bio_inspired_nanochat.config import REQUIRED, knob, validate
+from bio_inspired_nanochat.config import REQUIRED, device_knob, knob, validate
 from bio_inspired_nanochat.engine import source_path
 from bio_inspired_nanochat.errors import UserError
 
@@ -20,7 +20,7 @@ class WebConfig:
     port: int = knob(8000, "port to listen on; 0 takes a free one", lo=0, hi=65535)
     api_key: str | None = knob(None, "whoever asks must send it as Authorization: Bearer KEY; - asks for none", none="-")
     allowed_hosts: str = knob("", "further names of this server in the Host header, separated by commas")
-    device: str = knob("auto", "where to run; auto takes CUDA, then MPS, then the CPU", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob()
     max_active: int = knob(8, "answers that take turns, token by token", lo=1, hi=1024)
     max_waiting: int = knob(64, "requests that wait for a turn; one more is answered by 429", lo=0, hi=65536)
     max_tokens: int = knob(1024, "longest answer that a request may ask for", lo=1, hi=1 << 20, unit="tokens")
@@ -48,7 +48,7 @@ class DashboardConfig:
     port: int = knob(8001, "port to listen on; 0 takes a free one", lo=0, hi=65535)
     api_key: str | None = knob(None, "whoever asks must send it as Authorization: Bearer KEY; - asks for none", none="-")
     allowed_hosts: str = knob("", "further names of this server in the Host header, separated by commas")
-    device: str = knob("cpu", "where the state inspector runs the model", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = device_knob("cpu", "where the state inspector runs the model")
     max_body_kb: int = knob(64, "largest body of a request", lo=1, hi=1 << 20, unit="KiB")
     seconds: float = knob(0.0, "stop after this time; 0 serves until Ctrl-C", lo=0.0, hi=1e9, unit="seconds")
 

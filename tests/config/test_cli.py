@@ -273,6 +273,19 @@ def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
+def test_the_list_of_commands_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    class Long:
+        """A first line that says more about a command than a line of a terminal has room for beside its name."""
+
+    with pytest.raises(SystemExit):
+        parse_command({"long": Long}, ["--help"], prog="x", description="x")
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith("  long ") and max(len(first), len(second)) <= 80
+    assert second.index("beside") > 0 and len(second) - len(second.lstrip()) == first.index("A first")
+
+
 def test_a_wrong_flag_ends_a_script_with_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_user_error():
         run("--depth=0")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bio_inspired_nanochat.data import PackedLoader, resolve_data
+from bio_inspired_nanochat.data import resolve_data
+from bio_inspired_nanochat.data.loader import PackedLoader
 from bio_inspired_nanochat.data.shards import write_shard
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.data import PackedLoader, resolve_data
+from bio_inspired_nanochat.data import resolve_data
+from bio_inspired_nanochat.data.loader import PackedLoader
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tokenizer import Tokenizer
 

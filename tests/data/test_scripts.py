@@ -59,7 +59,7 @@ def test_tokenizers_of_several_sizes_are_compared(make_shards: MakeShards, capsy
         (tok_train.main, ["--vocab_size=100"], r"out of bounds [265, 1048576]"),
         (tok_train.main, ["--data_dir=/nonexistent"], "does not exist"),
         (tok_eval.main, ["--vocab_size="], "nothing to measure"),
-        (download_data.main, ["--out=x"], "--manifest is missing"),
+        (download_data.main, ["--out=x"], "--manifest is required"),
         (download_data.main, ["--manifest=/nonexistent.json"], "--out is missing"),
         (download_data.main, ["--manifest=/nonexistent.json", "--out=x"], "cannot be read"),
         (download_data.main, ["--manifest=m", "--make_manifest=/nonexistent"], "does not exist"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.data import PackedLoader, StreamLoader, count_streams, join_states
+from bio_inspired_nanochat.data.loader import PackedLoader
+from bio_inspired_nanochat.data.streams import StreamLoader, count_streams, join_states
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tokenizer import Tokenizer
 

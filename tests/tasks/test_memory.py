@@ -25,7 +25,6 @@ from bio_inspired_nanochat.tasks.memory import (
     Recall,
     Switching,
     distinct,
-    memory_task,
 )
 
 ROWS = 40
@@ -38,7 +37,7 @@ SMALL = {
 
 
 def tiny(name: str, **changes):
-    return memory_task(name, **{"distance": 9, "spread": 4, "fillers": 5, **SMALL[name], **changes})
+    return TASKS[name](**{"distance": 9, "spread": 4, "fillers": 5, **SMALL[name], **changes})
 
 
 def tasks() -> list:
@@ -224,7 +223,6 @@ def test_draws_without_repetition_are_uniform():
         (lambda: Facts(facts=200, syllables=5, name_length=2), "more than there are names"),
         (lambda: Facts(syllables=5).sessions(0, 51), "use more syllables"),
         (lambda: Switching(pairs=3, refresh=4), "switching.refresh=4"),
-        (lambda: memory_task("recal"), "did you mean 'recall'"),
     ],
 )
 def test_bad_settings_are_one_line(make, said):
