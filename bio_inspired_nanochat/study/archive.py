@@ -20,7 +20,7 @@ from bio_inspired_nanochat.common import say, write_atomic
 from bio_inspired_nanochat.config import knob
 from bio_inspired_nanochat.data import resolve_data
 from bio_inspired_nanochat.errors import UserError, damaged_file
-from bio_inspired_nanochat.study.plan import FolderConfig, read_plan
+from bio_inspired_nanochat.study.plan import FolderConfig, check_plan, read_plan
 from bio_inspired_nanochat.study.queue import read_attempts, read_record
 from bio_inspired_nanochat.study.speed import FILE
 
@@ -96,9 +96,13 @@ def unpack(config: UnpackConfig) -> dict[str, Any]:
         held = json.loads(content)
         if held["version"] != VERSION:
             raise UserError(
-                f"{file} is of version {held['version']}, this is version {VERSION}: use the version of the package that wrote it"
+                f"{file} is of version {held['version']!r}, this is version {VERSION}: use the version of the package that wrote it"
             )
-        plan, records, attempts, speeds = restored(held, config), held["records"], held["attempts"], held["speed"]
+        plan, speeds = restored(held, config), held["speed"]
+        check_plan(plan, file)
+        trainings = {run["id"]: run["train"] for run in plan["runs"]}
+        records = {name: json.dumps({**one, "config": trainings[name]}) + "\n" for name, one in held["records"].items()}
+        attempts = {name: "".join(json.dumps(one) + "\n" for one in found) for name, found in held["attempts"].items()}
     if config.data_dir is not None and (found := resolve_data(config.data_dir).fingerprint) != plan["data"]["fingerprint"]:
         planned = plan["data"]["fingerprint"]
         raise UserError(f"data_dir={config.data_dir!r} is another text ({found[:16]}) than the plan's ({planned[:16]}): give its shards")
@@ -112,16 +116,15 @@ def unpack(config: UnpackConfig) -> dict[str, Any]:
             place = folder / "runs" / run["id"]
             if run["id"] in records and read_record(place) is None:
                 place.mkdir(parents=True, exist_ok=True)
-                write_atomic(place / "record.json", json.dumps({**records[run["id"]], "config": run["train"]}) + "\n")
+                write_atomic(place / "record.json", records[run["id"]])
                 new += 1
             elif run["id"] in attempts and not read_attempts(place):
                 place.mkdir(parents=True, exist_ok=True)
-                write_atomic(place / "attempts.jsonl", "".join(json.dumps(one) + "\n" for one in attempts[run["id"]]))
+                write_atomic(place / "attempts.jsonl", attempts[run["id"]])
         if speeds is not None and not (folder / FILE).exists():
             write_atomic(folder / FILE, json.dumps(speeds, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"out={str(folder)!r} cannot be written ({error.strerror}): give a writable folder") from None
-    read_plan(folder)
     say(f"{len(records)} of {len(plan['runs'])} runs are done, {new} of them new here")
     return {"runs": len(plan["runs"]), "done": len(records), "new": new, "out": str(folder)}
 

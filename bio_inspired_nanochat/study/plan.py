@@ -40,6 +40,7 @@ SHARED = (
     *("n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "total_batch_size", "eval_tokens"),
     *("data_dir", "tokenizer", "device", "dtype", "compile", "backend"),
 )
+RUN_ID = re.compile(r"d\d+-[A-Za-z0-9_.+-]+-s\d+")  # also the name of its folder, so it may not lead elsewhere
 _TRAINING = knobs_of(TrainConfig)
 
 
@@ -300,16 +301,30 @@ def read_plan(folder: Path) -> dict[str, Any]:
     """The plan in a folder. Raises UserError when there is none, it is damaged, or its rule, conditions or comparisons were changed."""
     path = folder / "plan.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except OSError:
         raise UserError(f"out={str(folder)!r} has no plan.json: make one with `python -m scripts.eval_matrix plan --out=...`") from None
     with damaged_file(path, "make the plan anew in another folder"):
         plan = json.loads(text)
-        if plan["version"] != VERSION:
-            raise UserError(f"{path} is of version {plan['version']}, this is version {VERSION}: make the plan anew in another folder")
-        for name in ("runs", "data", "aliases", "evaluations", "evaluation_tokens"):
-            plan[name]
-        found = plan_digest(plan)
+        check_plan(plan, path)
+    return plan
+
+
+def check_plan(plan: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for a plan, read from path, of another version or rule, or that is not as it was made; a KeyError, TypeError or
+    ValueError, for `damaged_file`, where something is missing or of another form."""
+    if plan["version"] != VERSION:
+        raise UserError(f"{path} is of version {plan['version']!r}, this is version {VERSION}: make the plan anew in another folder")
+    for name in ("data", "matches", "evaluations", "evaluation_tokens"):
+        plan[name]
+    for run in plan["runs"]:
+        if not RUN_ID.fullmatch(run["id"]):
+            raise ValueError(f"a run is called {run['id']!r}")
+        for name in ("key", "conditions", "depth", "seed", "tokens", "seconds", "flops_per_token", "train"):
+            run[name]
+    if len({run["id"] for run in plan["runs"]}) < len(plan["runs"]):
+        raise ValueError("two runs have one name")
+    found = plan_digest(plan)
     if found != plan["digest"]:
         raise UserError(
             f"{path} was changed after it was made (digest {found}, written {plan['digest']}): rule and comparisons are fixed before the runs"
@@ -318,7 +333,9 @@ def read_plan(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has another rule than this version of the package, which could not judge by it: use the version that made it"
         )
-    return plan
+    for name, own in plan["aliases"].items():
+        if own not in plan["conditions"] or (name in plan["conditions"] and own != name):
+            raise UserError(f"{path} was changed after it was made ({name} stands for {own}): conditions are fixed before the runs")
 
 
 def _describe(config: PlanConfig, cells: list[Cell], runs: list[dict[str, Any]], rates: Mapping[str, float], path: Path) -> dict[str, Any]:

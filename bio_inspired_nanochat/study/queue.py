@@ -240,16 +240,22 @@ def _visible_gpus() -> list[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run, or None while it has none. It was renamed into place whole."""
+    """The record of a run, or None while it has none that can be read. It was renamed into place whole."""
     try:
-        return json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The failed attempts of a run; a line that a crash has cut off is left out."""
-    return read_json_lines(folder / "attempts.jsonl")
+    """The failed attempts of a run; a line that is none, as where a crash has cut it off, is left out."""
+    found = read_json_lines(folder / "attempts.jsonl")
+    return [one for one in found if isinstance(one.get("why"), str) and _texts(one.get("last_lines"))]
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def tail(path: Path) -> list[str]:

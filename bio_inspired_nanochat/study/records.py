@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.study.job import OF_SPEED
 from bio_inspired_nanochat.study.plan import FEWEST_SEEDS, fewest_tokens
 from bio_inspired_nanochat.study.queue import read_attempts, read_record
@@ -56,7 +58,7 @@ class Records:
                 if value is None:
                     continue
                 for condition in record["conditions"]:
-                    by_metric.setdefault(name, {}).setdefault(condition, {})[record["seed"]] = (float(value), record["id"])
+                    by_metric.setdefault(name, {}).setdefault(condition, {})[record["seed"]] = (value, record["id"])
         return found
 
     def curves(self) -> dict[tuple[int, str, int], Curve]:
@@ -70,26 +72,23 @@ def curve_of(record: Mapping[str, Any]) -> Curve:
 
 
 def collect(folder: Path, plan: Mapping[str, Any]) -> Records:
-    """Read the records of a plan's runs. Raises UserError for a record that was made under another rule, plan or text."""
+    """Read the records of a plan's runs. Raises UserError for a record that was made under another rule, plan or text, or is damaged."""
     found = Records()
     done: list[dict[str, Any]] = []
     for run in plan["runs"]:
         place = folder / "runs" / run["id"]
         record = read_record(place)
         if record is None:
+            if (place / "record.json").exists():
+                found.notices.append(f"the record of {run['id']} cannot be read: it counts as missing")
             attempts = read_attempts(place)
             if attempts:
                 found.failed[run["id"]] = attempts[-1]
             found.missing.append(run["id"])
             continue
-        if record["digest"] != plan["digest"]:
-            raise UserError(
-                f"run {run['id']} was made under another rule or plan (digest {record['digest']}, now {plan['digest']}): "
-                "rule and comparisons may not change after the runs; use the plan of the runs, or do them anew in another folder"
-            )
-        if record["key"] != run["key"] or record["data"] != plan["data"]:
-            raise UserError(f"run {run['id']} was trained with other settings or text than the plan's: move its folder away and resume")
-        done.append({**record, "conditions": run["conditions"]})
+        with damaged_file(place / "record.json", "move its folder away and resume"):
+            _belongs(record, run, plan)
+            done.append(checked(record))
     speeds = read_speeds(folder)
     _count(found, done if speeds is None else [_timed(one, speeds) for one in done], smoke=plan["smoke"])
     for what in ("device", "git"):
@@ -102,6 +101,8 @@ def collect(folder: Path, plan: Mapping[str, Any]) -> Records:
             f"times and memory are those that `eval_matrix speed` measured alone on {speeds.device} (git {speeds.git})"
             + (f", while runs were done on {', '.join(others)}" if others else "")
         )
+    for (depth, name), ids in found.diverged(plan).items():
+        found.notices.append(f"training diverged in {', '.join(ids)}: what is said of {name} at depth {depth} is of the other seeds alone")
     if untimed := sum(one["metrics"].get("tok_per_s") is None for one in found.counted):
         why = (
             f"have no speed in {FILE}"
@@ -113,6 +114,45 @@ def collect(folder: Path, plan: Mapping[str, Any]) -> Records:
     if len(kinds) > 1:
         found.notices.append(f"the runs differ in versions: {'; '.join(kinds)}")
     return found
+
+
+def _belongs(record: Mapping[str, Any], run: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raises UserError unless a record is that of a plan's run."""
+    if record["digest"] != plan["digest"]:
+        raise UserError(
+            f"run {run['id']} was made under another rule or plan (digest {record['digest']}, now {plan['digest']}): "
+            "rule and comparisons may not change after the runs; use the plan of the runs, or do them anew in another folder"
+        )
+    if record["key"] != run["key"] or record["data"] != plan["data"]:
+        raise UserError(f"run {run['id']} was trained with other settings or text than the plan's: move its folder away and resume")
+    for name in ("id", "conditions", "depth", "seed"):
+        if record[name] != run[name]:
+            raise UserError(f"run {run['id']} has {name}={record[name]!r}, the plan {run[name]!r}: move its folder away and resume")
+
+
+def checked(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with None for metrics that are not finite. Raises KeyError, TypeError or ValueError where it is not one."""
+    for name in ("device", "git", "versions"):
+        record[name]
+    if not isinstance(record["tokens"], int):
+        raise TypeError(f"tokens is {record['tokens']!r}, which is no count")
+    metrics = {name: _number(name, value) for name, value in record["metrics"].items()}
+    curve = curve_of(record)
+    for name, values in record["curve"].items():
+        if len(values) != len(curve.loss) and (values or name != "seconds"):
+            raise ValueError(f"its curve has {len(values)} {name} for {len(curve.loss)} losses")
+        if any(_number(name, value) is None for value in values) or (
+            name != "loss" and not all(a < b for a, b in pairwise((0.0, *values)))
+        ):
+            raise ValueError(f"{name} of its curve are no rising numbers" if name != "loss" else "a loss of its curve is not finite")
+    return {**record, "metrics": metrics}
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A finite number, None for one that is not. Raises TypeError for anything else."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} is {value!r}, which is no number")
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _timed(record: dict[str, Any], speeds: Speeds) -> dict[str, Any]:

@@ -71,11 +71,18 @@ def test_what_cannot_be_unpacked_is_one_line(tmp_path: Path) -> None:
         "version 7": {**whole, "version": 7},
         "records": {name: value for name, value in whole.items() if name != "records"},
         "was changed after it was made": {**whole, "plan": {**whole["plan"], "comparisons": []}},
+        r"called '\.\./\.\./elsewhere'": {
+            **whole,
+            "plan": {**whole["plan"], "runs": [{**whole["plan"]["runs"][0], "id": "../../elsewhere"}]},
+        },
+        "is not a mapping": {**whole, "records": whole["records"] | {"d2-vanilla-s0": "done"}},
+        "not iterable": {**whole, "attempts": {"d2-default-s1": 2}},
     }
     for number, (message, content) in enumerate(cases.items()):
         broken.write_bytes(content if isinstance(content, bytes) else gzip.compress(json.dumps(content).encode()))
         with pytest.raises(UserError, match=message):
             unpack(UnpackConfig(out=str(tmp_path / f"out{number}"), file=str(broken)))
+        assert not (tmp_path / f"out{number}").exists() and not (tmp_path / "elsewhere").exists(), "nothing was written"
     other = tmp_path / "text"
     other.mkdir()
     (other / "shard_00000.parquet").write_bytes((corpus() / "shard_00000.parquet").read_bytes())
