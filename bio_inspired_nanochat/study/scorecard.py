@@ -119,17 +119,11 @@ class _Look:
         reason: Unmeasured | None = None
         for metric in one.metrics:
             try:
-                ours, theirs = self.of(metric, str(one.condition)), self.of(metric, str(one.reference))
+                ours, theirs = self.together(metric, (str(one.condition), str(one.reference)))
             except Unmeasured as missing:
                 reason = reason or missing
                 continue
-            seeds = sorted(set(ours) & set(theirs))
-            if len(seeds) < self.rule.min_seeds:
-                reason = reason or Unmeasured(f"{metric}: {one.condition} and {one.reference} share {len(seeds)} seeds")
-                continue
-            self.note(metric, str(one.condition), seeds)
-            self.note(metric, str(one.reference), seeds)
-            return metric, {seed: ours[seed] for seed in seeds}, {seed: theirs[seed] for seed in seeds}
+            return metric, ours, theirs
         raise reason or Unmeasured("nothing to measure it by")
 
     def note(self, metric: str, condition: str, seeds: Sequence[int]) -> None:
@@ -137,10 +131,18 @@ class _Look:
         self._runs |= dict.fromkeys(found[seed][1] for seed in seeds)
 
     def compare(self, metric: str, condition: str, reference: str) -> Paired:
-        ours, theirs = self.of(metric, condition), self.of(metric, reference)
-        for name in (condition, reference):
-            self.note(metric, name, list(ours if name == condition else theirs))
+        ours, theirs = self.together(metric, (condition, reference))
         return paired(ours, theirs, self.rule)
+
+    def together(self, metric: str, conditions: Sequence[str]) -> list[dict[int, float]]:
+        """Values of several conditions by seed, at the seeds that all of them have; Unmeasured when there are fewer than the rule wants."""
+        every = [self.of(metric, name) for name in conditions]
+        seeds = sorted(set.intersection(*(set(one) for one in every)))
+        if len(seeds) < self.rule.min_seeds:
+            raise Unmeasured(f"{metric}: {', '.join(conditions)} share {len(seeds)} seeds of {self.rule.min_seeds}")
+        for name in conditions:
+            self.note(metric, name, seeds)
+        return [{seed: one[seed] for seed in seeds} for one in every]
 
 
 Verdict = tuple[str, float | None, str, str]
@@ -188,7 +190,7 @@ def _by_rule(one: Prediction, look: _Look) -> Verdict:
 
 def _peak(one: Prediction, look: _Look) -> Verdict:
     metric = one.metrics[0]
-    means = {name: statistics.fmean(look.of(metric, name).values()) for name in one.series}
+    means = {name: statistics.fmean(found.values()) for name, found in zip(one.series, look.together(metric, one.series), strict=True)}
     best = min(means, key=lambda name: means[name])
     ends = (one.series[0], one.series[-1])
     against = judge([look.compare(metric, best, end) for end in ends if end != best], look.rule)
@@ -206,10 +208,8 @@ def _halves(one: Prediction, look: _Look) -> Verdict:
     steps = sorted({name for name in look.aliases if name.startswith(f"{one.series[0]}:")})
     if len(steps) < 2:
         raise Unmeasured("the set cumulative was not planned")
-    start, *losses = (statistics.fmean(look.of(metric, name).values()) for name in (str(one.reference), *steps, "all_on"))
-    for name in (str(one.reference), steps[len(steps) // 2], "all_on"):
-        look.note(metric, name, list(look.of(metric, name)))
-    middle, end = losses[len(steps) // 2], losses[-1]
+    names = (str(one.reference), steps[len(steps) // 2], "all_on")
+    start, middle, end = (statistics.fmean(found.values()) for found in look.together(metric, names))
     first, second = start - middle, middle - end
     if second > max(first, 0.0):
         verdict = "failure"
@@ -220,17 +220,17 @@ def _halves(one: Prediction, look: _Look) -> Verdict:
 
 def _count(one: Prediction, look: _Look) -> Verdict:
     gains: dict[str, float] = {}
-    for name in look.values:
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in one.metrics):
-            continue
-        try:
-            metric, ours, theirs = look.both(replace(one, metrics=(name,)))
-        except Unmeasured:
-            continue
-        before = statistics.fmean(theirs.values())
+    for benchmark in one.metrics:
+        after, before = 0.0, 0.0
+        for name in fnmatch.filter(look.values, benchmark):
+            try:
+                _, ours, theirs = look.both(replace(one, metrics=(name,)))
+            except Unmeasured:
+                continue
+            after, before = after + statistics.fmean(ours.values()), before + statistics.fmean(theirs.values())
         if before > 0:
-            share = statistics.fmean(ours.values()) / before - 1
-            gains[metric] = -share if name in LOWER_IS_BETTER else share
+            share = after / before - 1
+            gains[benchmark] = -share if benchmark in LOWER_IS_BETTER else share
     if len(gains) < 2:
         raise Unmeasured(f"{len(gains)} of the benchmarks were measured on {one.condition} and {one.reference}, two are needed")
     better = [name for name, gain in gains.items() if gain > float(one.success[0] or 0)]
