@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,11 @@ def draw_curves(curves: Mapping[tuple[int, str, int], Curve], depth: int, names:
     found = {name: [curve for (at, one, _), curve in curves.items() if (at, one) == (depth, name)] for name in names}
     lines: dict[tuple[Curve, ...], str] = {}
     for name, own in found.items():
-        if own and len(lines) < MOST_CURVES:
+        if own:
             lines.setdefault(tuple(own), name)
+    if len(lines) > MOST_CURVES:
+        title += f", the first {MOST_CURVES} of {len(lines)} models"
+        lines = dict(itertools.islice(lines.items(), MOST_CURVES))
     labels = {"tokens": "tokens", "seconds": "seconds of training"}
     # no time is known of runs that shared their device
     views = [view for view in labels if any(len(getattr(curve, view)) > 1 for own in lines for curve in own)]

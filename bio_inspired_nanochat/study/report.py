@@ -24,6 +24,16 @@ from bio_inspired_nanochat.study.statistics import Paired, Rule, judge, paired
 from bio_inspired_nanochat.study.views import VIEWS
 
 HEADLINE = "val_loss"
+CAUTION = (
+    "What these figures do not say: with three seeds the interval runs from the smallest difference to the largest, which holds the true mean "
+    "in three cases of four, not in 95 of 100. A run that is read before its end is read at a learning rate that has yet to fall, so equal "
+    "FLOPs and equal time favour the run that has ended, the cheaper one; a model trained to a budget (vanilla_flops) is the fair rival. "
+    "Seeds that are added after a look at the report make chance findings likelier than alpha.\n\n"
+)
+ONE_BY_ONE = (
+    "Predictions are judged one by one, with no correction for their number: numbers as thresholds are held against means, whatever their "
+    "spread, and the rule is applied to one comparison alone.\n\n"
+)
 MARK = "**Smoke test of the machinery: not a result.**\n\n"
 
 
@@ -149,11 +159,12 @@ def _markdown(plan: Mapping[str, Any], records: Records, lines: Sequence[Line], 
         f"minus reference in nats of validation loss, paired by seed; negative is better. The rule, fixed before the runs (digest {plan['digest']}): "
         f"{rule['statement']}; here alpha = {rule['alpha']}, margin = {rule['margin']}, min_seeds = {rule['min_seeds']}. Equal FLOPs and equal time "
         "compare losses where the shorter of both runs ends, the other's read from its curve, linear in the logarithm between evaluations. "
-        f"Detectable: the smallest difference found with power {rule['power']} at the seen spread, before Holm's correction.\n\n"
+        f"Detectable: the smallest difference found with power {rule['power']} at the seen spread, before Holm's correction.\n\n{CAUTION}"
     )
-    parts += [f"- notice: {line}\n" for line in records.notices] + (["\n"] if records.notices else [])
-    parts += [_set_table(lines, name, depth) for name, depth in dict.fromkeys((line.set, line.depth) for line in lines)]
-    parts.append("## Scorecard\n\n" + _score_table(scores))
+    notices = [*records.notices, *_twofold(plan, lines)]
+    parts += [f"- notice: {line}\n" for line in notices] + (["\n"] if notices else [])
+    parts += [_set_table(plan, lines, name, depth) for name, depth in dict.fromkeys((line.set, line.depth) for line in lines)]
+    parts.append(f"## Scorecard\n\n{ONE_BY_ONE}" + _score_table(scores))
     parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
     parts.append("\n## Listed apart\n\n")
     apart = [(record["id"], reason, _number(record["metrics"].get(HEADLINE))) for record, reason in records.apart]
@@ -164,7 +175,41 @@ def _markdown(plan: Mapping[str, Any], records: Records, lines: Sequence[Line], 
     return "".join(parts)
 
 
-def _set_table(lines: Sequence[Line], name: str, depth: int) -> str:
+def _runs_of(plan: Mapping[str, Any], line: Line) -> tuple[tuple[str, ...], ...]:
+    """Ids of the runs of both sides: equal for comparisons that are the same under other names."""
+    runs = [run for run in plan["runs"] if run["depth"] == line.depth]
+    return tuple(tuple(run["id"] for run in runs if name in run["conditions"]) for name in (line.condition, line.reference))
+
+
+def _twofold(plan: Mapping[str, Any], lines: Sequence[Line]) -> list[str]:
+    """What to say of comparisons that stand in several sets with several verdicts."""
+    found: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        if line.metric == HEADLINE:
+            found.setdefault((line.depth, _runs_of(plan, line)), []).append(line)
+    return [
+        f"{same[0].condition} − {same[0].reference} at depth {same[0].depth} is judged in several sets, each with its own correction: "
+        + ", ".join(f"{line.result.verdict} in {line.set} (p {_p(line.result.p_holm)})" for line in same)
+        for same in found.values()
+        if len({line.result.verdict for line in same}) > 1
+    ]
+
+
+def _family(plan: Mapping[str, Any], family: Sequence[Line]) -> str:
+    """How many comparisons of a set Holm's correction is over, and which of them are the same runs."""
+    planned = sum(one["set"] == family[0].set for one in plan["comparisons"])
+    tested = sum(line.result.p_holm is not None for line in family)
+    said = f"Holm's correction is over {tested} comparisons of {planned} planned"
+    said += "; those that are missing will change it.\n" if tested < planned else ".\n"
+    same: dict[tuple[Any, ...], list[str]] = {}
+    for line in family:
+        same.setdefault(_runs_of(plan, line), []).append(f"{line.condition} − {line.reference}")
+    for names in (names for names in same.values() if len(names) > 1):
+        said += f"{' and '.join(names)} are the same runs and count {len(names)} times in it, which only makes it stricter.\n"
+    return said + "\n"
+
+
+def _set_table(plan: Mapping[str, Any], lines: Sequence[Line], name: str, depth: int) -> str:
     by = {
         (line.what, line.condition, line.reference, line.metric): line.result for line in lines if (line.set, line.depth) == (name, depth)
     }
@@ -192,7 +237,8 @@ def _set_table(lines: Sequence[Line], name: str, depth: int) -> str:
         "detectable",
         "by the rule",
     ]
-    return f"## {name}, depth {depth}\n\n" + markdown_table(rows, [*columns, "equal FLOPs", "equal time"]) + "\n"
+    family = _family(plan, [line for line in lines if (line.set, line.depth, line.metric) == (name, depth, HEADLINE)])
+    return f"## {name}, depth {depth}\n\n{family}" + markdown_table(rows, [*columns, "equal FLOPs", "equal time"]) + "\n"
 
 
 def _score_table(scores: Sequence[Score]) -> str:

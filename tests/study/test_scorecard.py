@@ -132,6 +132,36 @@ def test_two_benchmarks_by_a_tenth() -> None:
     assert found(20, 0.5, 0.4) == "failure" and found(20, 0.51, 0.5) == "neutral"
 
 
+def test_lengths_of_one_benchmark_are_one() -> None:
+    """Twice as good at two lengths of one task, and nothing gained elsewhere: one benchmark of two."""
+    two = {"needle.accuracy_256": {"vanilla": 0.2, "all_on": 0.4}, "needle.accuracy_512": {"vanilla": 0.2, "all_on": 0.4}}
+    found = verdict("overall", values(**two, perplexity={"vanilla": 20.0, "all_on": 20.0}))
+    assert (found.verdict, found.value) == ("neutral", 1.0)
+    never = {"needle.accuracy_256": {"vanilla": 0.2, "all_on": 0.2}, "needle.accuracy_512": {"vanilla": [0.0] * 3, "all_on": 0.2}}
+    found = verdict("overall", values(**never, perplexity={"vanilla": 20.0, "all_on": 17.0}))
+    assert found.verdict == "success", "a length at which vanilla finds nothing counts with the others"
+
+
+def test_what_shares_fewer_seeds_than_the_rule_asks_for_is_not_measured() -> None:
+    ends = {"temperature:0.1": 3.1, "temperature:0.3": 3.0, "temperature:0.5": 2.9, "temperature:0.7": 3.0, "temperature:1.0": 3.1}
+    found = values(val_loss=ends | {"default": 3.0})
+    losses = found[6]["val_loss"]
+    losses["temperature:1.0"] = {seed + 2: pair for seed, pair in losses["temperature:1.0"].items()}
+    one = verdict("temperature", found)
+    assert one.verdict == "not measured" and "share 1 seeds of 3" in one.why
+
+
+def test_halves_are_compared_at_the_seeds_that_all_have() -> None:
+    """The middle has two more seeds, of a much lower loss: unpaired, all of the gain would be the first half's."""
+    steps = sorted(name for name in full().aliases if name.startswith("cumulative:"))
+    losses = {name: 3.0 - 0.01 * i for i, name in enumerate(steps)} | {"vanilla": 3.0, "all_on": 2.0}
+    found = values(val_loss=losses)
+    middle = found[6]["val_loss"][full().aliases[steps[len(steps) // 2]]]
+    middle |= {3: (0.5, "lucky-3"), 4: (0.5, "lucky-4")}
+    one = verdict("saturation", found)
+    assert one.verdict == "failure" and not {"lucky-3", "lucky-4"} & set(one.runs)
+
+
 def test_the_kernels_come_from_a_benchmark(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     rows = [
@@ -256,6 +286,71 @@ def test_a_rule_that_changed_after_the_runs_is_refused(tmp_path: Path, monkeypat
         report(ReportConfig(out=str(tmp_path)))
 
 
+DAMAGE = {
+    "'digest'": {},
+    "val_loss is 'low', which is no number": {"metrics": {"val_loss": "low"}},
+    "val_loss is True": {"metrics": {"val_loss": True}},
+    "has no attribute 'items'": {"metrics": [3.0]},
+    "4 losses": {"curve": {"tokens": [1.0], "flops": [1.0], "seconds": [], "loss": [4.0, 3.0, 2.0, 1.0]}},
+    "flops of its curve": {"curve": {"tokens": [1.0, 2.0], "flops": [2.0, 1.0], "seconds": [], "loss": [4.0, 3.0]}},
+    "a loss of its curve": {"curve": {"tokens": [1.0, 2.0], "flops": [1.0, 2.0], "seconds": [], "loss": [None, 3.0]}},
+    "tokens is '8 M'": {"tokens": "8 M"},
+    "has conditions=.*the plan": {"conditions": ["default"]},
+    "has seed=1, the plan 0": {"seed": 1},
+}
+
+
+def test_a_record_that_is_none_is_one_line(tmp_path: Path) -> None:
+    finished(tmp_path, seeds=(0, 1, 2))
+    path = tmp_path / "runs/d2-vanilla-s0/record.json"
+    whole = json.loads(path.read_text())
+    for message, change in DAMAGE.items():
+        path.write_text(json.dumps(whole | change if change else {}))
+        with pytest.raises(UserError, match=message):
+            report(ReportConfig(out=str(tmp_path)))
+    for content in ("", path.read_text()[:99], "[]", "null"):
+        path.write_text(content)
+        said = report(ReportConfig(out=str(tmp_path)))
+        assert (said["counted"], said["apart"], said["missing"]) == (6, 2, 1)
+        assert "the record of d2-vanilla-s0 cannot be read: it counts as missing" in (tmp_path / "report/report.md").read_text()
+    path.write_text(json.dumps(whole | {"metrics": whole["metrics"] | {"val_loss": float("nan")}}))
+    said = report(ReportConfig(out=str(tmp_path)))
+    assert (said["counted"], said["apart"]) == (6, 3) and "no validation loss" in (tmp_path / "report/report.md").read_text()
+    path.write_text(json.dumps(whole))
+    lines = ('{"why": 1}', '{"why": "x", "last_lines": [1]}', "{", '{"why": "exit code 1", "last_lines": []}')
+    (tmp_path / "runs/d2-vanilla-s1/record.json").unlink()
+    (tmp_path / "runs/d2-vanilla-s1/attempts.jsonl").write_text("\n".join(lines))
+    assert report(ReportConfig(out=str(tmp_path)))["failed"] == ["d2-vanilla-s1"]
+
+
+def test_a_plan_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path, seeds=(0, 1, 2))
+    path = tmp_path / "plan.json"
+    whole = path.read_text()
+
+    def swapped(plan: dict) -> None:
+        sides = [[run for run in plan["runs"] if run["conditions"][0] == name] for name in ("vanilla", "default")]
+        for one, other in zip(*sides, strict=True):
+            one["conditions"], other["conditions"] = other["conditions"], one["conditions"]
+
+    edits = {
+        "has conditions=": swapped,
+        "default stands for vanilla": lambda plan: plan["aliases"].update(default="vanilla"),
+        "KeyError: 'key'": lambda plan: plan["runs"][0].pop("key"),
+        r"a run is called '\.\./x'": lambda plan: plan["runs"][0].update(id="../x"),
+        "two runs have one name": lambda plan: plan["runs"].append(plan["runs"][0]),
+        "KeyError: 'matches'": lambda plan: plan.pop("matches"),
+    }
+    for message, edit in edits.items():
+        edit(plan := json.loads(whole))
+        path.write_text(json.dumps(plan))
+        with pytest.raises(UserError, match=message):
+            report(ReportConfig(out=str(tmp_path)))
+    path.write_bytes(b"\xff\x00")
+    with pytest.raises(UserError, match="is damaged"):
+        report(ReportConfig(out=str(tmp_path)))
+
+
 def test_a_training_that_diverges_is_a_failure_of_its_prediction(tmp_path: Path) -> None:
     fault = Fault(7, "the loss is nan", {})
     crash = f"def behave(run):\n    if run['conditions'] == ['default']:\n        sys.exit({str(diverged(fault, None))!r})\n    return honest(run)"
@@ -266,6 +361,7 @@ def test_a_training_that_diverges_is_a_failure_of_its_prediction(tmp_path: Path)
     scores = json.loads((tmp_path / "report/scorecard.json").read_text())["scores"]
     (found,) = (one for one in scores if one["id"] == "goal-vanilla")
     assert found["verdict"] == "failure" and found["runs"] == said["failed"] and "diverged" in found["why"]
+    assert "what is said of default at depth 2 is of the other seeds alone" in (tmp_path / "report/report.md").read_text()
 
 
 def test_another_rule_gives_another_verdict() -> None:
