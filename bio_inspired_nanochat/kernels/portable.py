@@ -30,6 +30,7 @@ from bio_inspired_nanochat.kernels.terminal import calcium_step, pool_step, rele
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 DRIVE_TICKS = 32
+CPU_DRIVE_QUERIES = 64
 CPU_TICKS = 32
 WIDEST_FLASH_HEAD = 256
 
@@ -57,44 +58,60 @@ def _key_range(q_start: QStart, begin: int, end: int, keys: int, window: int | N
     return low, min(keys, q_start + end)
 
 
-def _slope(x: Tensor, kind: str) -> Tensor:
-    """Derivative of `phi`."""
-    return torch.sigmoid(x) if kind == "softplus" else (x + 1).clamp(0, 2) / 2
+def _drive_ticks(q: Tensor, tick: int) -> int:
+    """Ticks in one block of queries: on a CPU few, so that little above the diagonal is computed and a block stays in its caches."""
+    return DRIVE_TICKS if q.is_cuda else max(1, CPU_DRIVE_QUERIES // tick)
 
 
 class _Drive(torch.autograd.Function):
-    """tick_drive for a common integer start; blocks are whole ticks, so a tick's sum is one reshape."""
+    """tick_drive for a common integer start; blocks are whole ticks, so a tick's sum is one reshape.
+
+    With h = (x + 1) / 2 and s = h limited to 0 ... 1 the drive is phi(x) = s (2 h - s) and its derivative s, so a pass over the pairs is a
+    few operations in place.
+    """
 
     @staticmethod
-    def _block(ctx_args, q, k, theta, begin, end):
-        _, scale, q_start, window, doc, _ = ctx_args
+    def _block(args, q, k, theta, begin, end):
+        """h (x for softplus), -inf where masked, of queries [begin, end) against the keys that they can see at all; these keys, their range."""
+        _, scale, q_start, window, doc, kind = args
         low, high = _key_range(q_start, begin, end, k.shape[2], window)
         keys = k[:, :, low:high]
-        x = torch.matmul(q[:, :, begin:end], keys.transpose(-1, -2)).to(theta.dtype) * scale - theta[:, None, None]
+        factor, offset = (1.0, 0.0) if kind == "softplus" else (0.5, 0.5)
+        shift = offset - factor * theta
+        if q.dtype == theta.dtype:
+            rows, columns = q[:, :, begin:end].flatten(0, 1), keys.flatten(0, 1).mT
+            x = torch.baddbmm(shift.repeat(q.shape[0])[:, None, None], rows * (factor * scale), columns).unflatten(0, q.shape[:2])
+        else:
+            x = torch.matmul(q[:, :, begin:end], keys.mT).to(theta.dtype).mul_(factor * scale).add_(shift[:, None, None])
+        first = low if window is not None or doc is not None else max(low, q_start + begin)  # all keys before are in the past of all queries
         positions = query_positions(q_start + begin, end - begin, q.device)
-        mask = allowed(positions, torch.arange(low, high, device=q.device), window=window, doc=doc, diagonal=False)
-        return x, mask, keys, slice(low, high)
+        mask = allowed(positions, torch.arange(first, high, device=q.device), window=window, doc=doc, diagonal=False)
+        x[..., first - low :].masked_fill_(~mask, float("-inf"))
+        return x, keys, slice(low, high)
 
     @staticmethod
-    def _tick_span(q_start: int, begin: int, end: int, tick: int) -> tuple[int, int, int]:
-        """(first local tick, number of ticks, padding in front) of queries [begin, end)."""
-        base = q_start // tick
-        first, last = (q_start + begin) // tick, (q_start + end - 1) // tick
-        return first - base, last - first + 1, (q_start + begin) - first * tick
+    def _tick_span(q_start: int, begin: int, end: int, tick: int) -> tuple[slice, int, int]:
+        """(local ticks, padding in front and behind that make them whole) of queries [begin, end)."""
+        base, first, last = q_start // tick, (q_start + begin) // tick, (q_start + end - 1) // tick
+        front = q_start + begin - first * tick
+        return slice(first - base, last + 1 - base), front, (last + 1 - first) * tick - front - (end - begin)
 
     @staticmethod
     def forward(ctx, q, k, theta, tick, scale, q_start, window, doc, kind):
         args = (tick, scale, q_start, window, doc, kind)
         batch, heads, length, _ = q.shape
         total = theta.new_zeros(batch, heads, num_ticks(q_start, length, tick), k.shape[2])
-        for begin, end in _query_blocks(q_start, length, tick, DRIVE_TICKS):
-            x, mask, _, span = _Drive._block(args, q, k, theta, begin, end)
-            drive = torch.where(mask, phi(x, kind), 0.0)
-            first, count, front = _Drive._tick_span(q_start, begin, end, tick)
-            back = count * tick - front - (end - begin)
+        for begin, end in _query_blocks(q_start, length, tick, _drive_ticks(q, tick)):
+            x, _, span = _Drive._block(args, q, k, theta, begin, end)
+            if kind == "softplus":
+                drive = F.softplus(x)
+            else:
+                slope = x.relu_().clamp(max=1)
+                drive = x.mul_(2).sub_(slope).mul_(slope)
+            ticks, front, back = _Drive._tick_span(q_start, begin, end, tick)
             if front or back:
                 drive = F.pad(drive, (0, 0, front, back))
-            total[:, :, first : first + count, span] = drive.unflatten(2, (count, tick)).sum(3)
+            total[:, :, ticks, span] = drive.unflatten(2, (-1, tick)).sum(3)
         ctx.save_for_backward(q, k, theta)
         ctx.args = args
         return total
@@ -106,16 +123,20 @@ class _Drive(torch.autograd.Function):
         tick, scale, q_start, *_, kind = ctx.args
         grad_q, grad_k = torch.empty_like(q), torch.zeros_like(k, dtype=theta.dtype)
         grad_theta = torch.zeros_like(theta)
-        for begin, end in _query_blocks(q_start, q.shape[2], tick, DRIVE_TICKS):
-            x, mask, keys, span = _Drive._block(ctx.args, q, k, theta, begin, end)
-            first, count, front = _Drive._tick_span(q_start, begin, end, tick)
-            spread = grad[:, :, first : first + count, span].repeat_interleave(tick, dim=2)[:, :, front : front + end - begin]
-            slope = torch.where(mask, _slope(x, kind) * spread, 0.0)
+        grad = grad * scale  # of q and k; theta's is divided by it again
+        for begin, end in _query_blocks(q_start, q.shape[2], tick, _drive_ticks(q, tick)):
+            x, keys, span = _Drive._block(ctx.args, q, k, theta, begin, end)
+            slope = x.sigmoid_() if kind == "softplus" else x.clamp_(0, 1)
+            ticks, front, back = _Drive._tick_span(q_start, begin, end, tick)
+            if front or back:
+                slope *= grad[:, :, ticks, span].repeat_interleave(tick, dim=2)[:, :, front : front + end - begin]
+            else:
+                slope.unflatten(2, (-1, tick)).mul_(grad[:, :, ticks, None, span])
             grad_theta -= slope.sum((0, 2, 3))
-            slope = (slope * scale).to(q.dtype)
+            slope = slope.to(q.dtype)
             grad_q[:, :, begin:end] = torch.matmul(slope, keys)
-            grad_k[:, :, span] += torch.matmul(slope.transpose(-1, -2), q[:, :, begin:end])
-        return grad_q, grad_k.to(k.dtype), grad_theta, *[None] * 6
+            grad_k[:, :, span] += torch.matmul(slope.mT, q[:, :, begin:end])
+        return grad_q, grad_k.to(k.dtype), grad_theta / scale, *[None] * 6
 
 
 def tick_drive(
