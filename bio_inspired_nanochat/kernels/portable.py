@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from bio_inspired_nanochat.kernels import reference
 from bio_inspired_nanochat.kernels.masks import QStart, allowed, local_ticks, num_ticks, query_positions
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
-from bio_inspired_nanochat.kernels.reference import expand_heads, phi
+from bio_inspired_nanochat.kernels.reference import expand_heads
 from bio_inspired_nanochat.kernels.scan import linear_scan, on_triton
 from bio_inspired_nanochat.kernels.terminal import calcium_step, pool_step, release_logit, terminal_bias, terminal_step
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
@@ -83,7 +83,9 @@ class _Drive(torch.autograd.Function):
             x = torch.baddbmm(shift.repeat(q.shape[0])[:, None, None], rows * (factor * scale), columns).unflatten(0, q.shape[:2])
         else:
             x = torch.matmul(q[:, :, begin:end], keys.mT).to(theta.dtype).mul_(factor * scale).add_(shift[:, None, None])
-        first = low if window is not None or doc is not None else max(low, q_start + begin)  # all keys before are in the past of all queries
+        first = (
+            low if window is not None or doc is not None else max(low, q_start + begin)
+        )  # all keys before are in the past of all queries
         positions = query_positions(q_start + begin, end - begin, q.device)
         mask = allowed(positions, torch.arange(first, high, device=q.device), window=window, doc=doc, diagonal=False)
         x[..., first - low :].masked_fill_(~mask, float("-inf"))

@@ -18,6 +18,7 @@ import torch
 
 from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, StepRecord
 from bio_inspired_nanochat.training.plan import Plan
 from bio_inspired_nanochat.training.run import train
@@ -27,6 +28,7 @@ FEW_ROUNDS = (0.2, 0.6, 1.0)
 FEW_SECONDS = 120.0  # below this many seconds of training, starting six rounds would cost too much of them
 KEEP_SHARE = 0.9  # of the time that is left, for the steps that are planned anew
 SLACK = 1.25  # how many more steps than planned must fit before the plan grows
+DECAY = OptimConfig().decay_frac  # share of the steps in which the learning rate falls
 
 
 class OutOfTime(Exception):
@@ -170,12 +172,14 @@ def train_in_turns(
 def replan(entrants: Sequence[Entrant], steps: int, most: int, rounds: int, seconds: float) -> int:
     """The number of steps to aim at with `rounds` rounds and `seconds` left: `steps` as long as they fit and no more than that would.
 
-    At least the step that is behind the entrants, at most `most`.
+    At least the step that is behind the entrants, at most `most`. Once the learning rate falls, no more than `steps`: it would rise again,
+    and a machine that was fast for one round would leave too little time to bring it down.
     """
     left = seconds - rounds * sum(entrant.start for entrant in entrants)
     done, pace = entrants[0].step, sum(entrant.pace for entrant in entrants)
     fitting = done + max(0, int(left / pace))
-    if steps <= fitting <= SLACK * steps:
+    falls = done > steps - round(DECAY * steps)
+    if steps <= fitting and (falls or fitting <= SLACK * steps):
         return min(steps, most)
     planned = min(most, done + max(0, int(KEEP_SHARE * left / pace)))
     if planned != steps:

@@ -14,6 +14,7 @@ import torch
 from bio_inspired_nanochat.checkpoint import load_checkpoint
 from bio_inspired_nanochat.data.corpus import write_corpus
 from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.optim import OptimConfig, lr_multiplier
 from bio_inspired_nanochat.training import TrainConfig, rounds, train
 from bio_inspired_nanochat.training.plan import make_plan
 from bio_inspired_nanochat.training.rounds import ROUNDS, Curve, Deadline, Entrant, OutOfTime, train_in_turns
@@ -95,6 +96,22 @@ def test_the_plan_follows_a_pace_that_was_measured_wrong(monkeypatch: pytest.Mon
     entrants, machine, _ = _simulate(monkeypatch, lambda now: factor)
     assert least * PLANNED < entrants[0].step == entrants[1].step < most * PLANNED
     assert 0.75 * SECONDS < machine.now < SECONDS
+
+
+def test_a_restless_machine_lets_the_learning_rate_fall_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = 0
+    for seed in range(60):
+        noise = torch.randn(200, generator=torch.Generator().manual_seed(seed))
+        speeds = (0.2 * torch.stack([noise[max(0, i - 4) : i + 1].mean() * 5**0.5 for i in range(200)])).exp().tolist()
+        entrants, _, _ = _simulate(monkeypatch, lambda now, speeds=speeds: speeds[min(199, int(now / 10))])
+        rates, before = [], 0
+        for done in entrants[0].rounds:
+            total, decay = done["total"], OptimConfig().decay_frac
+            rates += [lr_multiplier(step, total, 0, decay, 0.05) for step in range(before, done["steps"])]
+            before = done["steps"]
+        assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(rates))
+        unfinished += entrants[0].step < entrants[0].rounds[-1]["total"]
+    assert unfinished <= 6
 
 
 def test_when_time_is_up_inside_a_round_both_stay_at_the_end_of_the_round_before(
