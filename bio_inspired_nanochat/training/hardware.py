@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from pathlib import Path
 
 import torch
 
 from bio_inspired_nanochat.config import GPTConfig
 
 GIB = 1 << 30
+STAT = Path("/proc/stat")  # what Linux says about the work of all cores
+WATCH = 0.25  # seconds for which `busy_cores` watches the machine
 
 # Dense bfloat16 matrix products with float32 accumulation, in 1e12 operations per second, from the vendors' data sheets.
 # The first name that occurs in the device's name counts, so longer names stand before shorter ones.
@@ -52,19 +56,39 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def crowded(device: torch.device) -> list[str]:
-    """A notice where threads of PyTorch would wait for cores that other work keeps busy, else nothing.
+    """A notice where threads of PyTorch would wait for cores that other work keeps busy, else nothing. Looks for WATCH seconds.
 
     Threads meet after every product; one that has lost its core makes all others wait, ten times as long as all of them compute.
     """
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or os.environ.get("OMP_NUM_THREADS") or not hasattr(os, "getloadavg"):
+    if device.type != "cpu" or threads == 1 or os.environ.get("OMP_NUM_THREADS"):
         return []
-    load = os.getloadavg()[0]  # of the last minute, in which this process has begun
-    free = max(1, int(cores - load))
-    if load <= 1 or threads <= free:
+    load = busy_cores()
+    free = max(1, round(cores - load))
+    if threads <= free:
         return []
     busy = f"other work keeps {load:.1f} of {cores} cores busy, and {threads} threads would wait for each other"
     return [f"notice: {busy}: OMP_NUM_THREADS={free} before the command may be several times as fast"]
+
+
+def busy_cores() -> float:
+    """How many cores do something else than this process, over WATCH seconds; 0 where the system does not say."""
+    before = _work()
+    time.sleep(WATCH)
+    after = _work()
+    if before is None or after is None:
+        return 0.0
+    return max(0.0, (after - before) / WATCH)
+
+
+def _work() -> float | None:
+    """Seconds of work of all cores since the machine started, without this process's own."""
+    try:
+        counts = [int(count) for count in STAT.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    idle = sum(counts[3:5])  # doing nothing, or waiting for a disk
+    return (sum(counts) - idle) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def peak_by_name(name: str) -> float | None:

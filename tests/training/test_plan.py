@@ -1,11 +1,14 @@
 """From flags to numbers: defaults, batches that divide, what a resumed run inherits."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig, from_dict, to_dict
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.training import TrainConfig, dry_run, print_config
+from bio_inspired_nanochat.training import TrainConfig, dry_run, hardware, print_config
 from bio_inspired_nanochat.training import plan as planning
 from bio_inspired_nanochat.training.hardware import bytes_per_row, crowded, peak_by_name
 from bio_inspired_nanochat.training.plan import OPERATIONAL, given_fields, inherit, make_plan, suited_batch
@@ -175,8 +178,8 @@ def test_a_machine_that_is_busy_is_told_about_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    for load, fewer in ((0.9, None), (1.5, 2), (3.7, 1), (40.0, 1)):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+    for load, fewer in ((0.4, None), (0.6, 3), (1.6, 2), (3.7, 1), (40.0, 1)):
+        monkeypatch.setattr(hardware, "busy_cores", lambda load=load: load)
         found = crowded(CPU)
         assert not found if fewer is None else "of 4 cores busy" in found[0] and f"OMP_NUM_THREADS={fewer} " in found[0]
     assert crowded(torch.device("cuda")) == []
@@ -185,3 +188,25 @@ def test_a_machine_that_is_busy_is_told_about_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert crowded(CPU) == [], "who has said how many threads there are knows"
+
+
+def test_other_work_is_what_other_processes_do(monkeypatch, tmp_path):
+    ticks, now = os.sysconf("SC_CLK_TCK"), {"idle": 0.0, "others": 0.0, "own": 0.0}
+    monkeypatch.setattr(hardware, "STAT", tmp_path / "stat")
+
+    def write() -> None:
+        busy, idle = (now["others"] + now["own"]) * ticks, now["idle"] * ticks
+        hardware.STAT.write_text(f"cpu  {busy:.0f} 0 0 {idle / 2:.0f} {idle / 2:.0f} 0 0 0 7 7\ncpu0 1 1 1 1\n")
+
+    def a_while(seconds: float) -> None:  # four cores: one and a half of others, two of this process
+        for name, cores in (("idle", 0.5), ("others", 1.5), ("own", 2.0)):
+            now[name] += cores * seconds
+        write()
+
+    write()
+    monkeypatch.setattr(hardware, "WATCH", 1.0)
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(sleep=a_while, process_time=lambda: now["own"]))
+    assert hardware.busy_cores() == pytest.approx(1.5)
+    hardware.STAT.unlink()
+    monkeypatch.setattr(hardware.time, "sleep", lambda seconds: None)
+    assert hardware.busy_cores() == 0.0, "a system without it"
