@@ -60,10 +60,9 @@ __all__ = ["GATE_CHANNELS", "GPT", "SOFTCAP", "GPTConfig", "RunOutput"]
 class RunOutput(NamedTuple):
     """What one forward pass returns.
 
-    logits: [B, T, V] float32 (with several samples the log of the mean probabilities); loss: mean cross-entropy in nats, given
-    targets; aux: weighted auxiliary losses of the synapses, which training adds, or None; telemetry: one entry per synaptic
-    layer, or None; variance: [B, T, V] variance of the probabilities over the samples, or None; routing: per layer what its
-    experts did, or None.
+    logits: [B, T, V] float32 (with several samples the log of the mean probabilities); loss: mean cross-entropy in nats, given targets;
+    aux: weighted auxiliary losses of the synapses, which training adds, or None; telemetry: one entry per synaptic layer, or None;
+    variance: [B, T, V] variance of the probabilities over the samples, or None; routing: per layer what its experts did, or None.
     """
 
     logits: Tensor
@@ -330,9 +329,9 @@ class GPT(nn.Module):
     ) -> SynapseState:
         """KV cache and synapse state of `batch_size` fresh sequences of at most `max_len` tokens.
 
-        engram: fast weights of an earlier session to start from, or their file; one row serves all sequences. noise_seed,
-        sequence_ids: stochastic release as in `run`; the key of the draws then belongs to the state. Raises UserError for sizes
-        below 1 and for an engram that does not fit.
+        engram: fast weights of an earlier session to start from, or their file; one row serves all sequences. noise_seed, sequence_ids:
+        stochastic release as in `run`; the key of the draws then belongs to the state. Raises UserError for sizes below 1 and for an
+        engram that does not fit.
         """
         if batch_size < 1 or max_len < 1:
             raise UserError(f"init_state(batch_size={batch_size}, max_len={max_len}): both must be at least 1")
@@ -341,7 +340,7 @@ class GPT(nn.Module):
         doc = torch.zeros(batch_size, max_len, dtype=torch.long, device=device) if self.config.doc_mask else None
         noise = self._noise(torch.empty(batch_size, 0, device=device), noise_seed, sequence_ids)
         key = None if noise is None else torch.stack([word.flatten() for word in noise.key], dim=1)
-        state = SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc, key)
+        state = SynapseState(torch.zeros(batch_size, dtype=torch.long), layers, max_len, doc, key, self.config.tick)
         if engram is not None:
             state.implant(engram if isinstance(engram, Engram) else Engram.load(engram, device))
         return state
@@ -381,9 +380,10 @@ class GPT(nn.Module):
         if idx.shape[0] != state.batch_size or len(counts) != state.batch_size:
             raise UserError(f"a chunk of {idx.shape[0]} rows does not fit a state of {state.batch_size} sequences")
         k = state.layers[0].k  # layers of one state are alike
-        fits = len(state.layers) == len(self.blocks) and (state.doc is not None) == self.config.doc_mask
+        fits = len(state.layers) == len(self.blocks) and (state.doc is not None) == self.config.doc_mask and state.tick == self.config.tick
         if not fits or k.shape[2] != state.max_len or not self.blocks[0].fits(state.layers[0]):
-            raise UserError("this state belongs to another model: make one with model.init_state")
+            ticks = "" if state.tick == self.config.tick else f" (ticks of {state.tick} tokens, this model {self.config.tick})"
+            raise UserError(f"this state belongs to another model{ticks}: make one with model.init_state")
         if (k.dtype, k.device) != (self._dtype, device := self.embed.weight.device):
             where = f"{k.dtype} on {k.device}, the model in {self._dtype} on {device}"
             raise UserError(f"this state is in {where}: make one with model.init_state, or read its file with load(path, device)")

@@ -254,6 +254,12 @@ def test_errors_of_step_name_the_value_and_the_fix(tmp_path):
     for other in (build("default", n_embd=16), build("default", n_head=2, n_embd=16), build("default", doc_mask=True)):
         with pytest.raises(UserError, match="another model"):
             other.step(ids, state)
+    slower = build("default", syn_cfg=SynapticConfig(tick=2 * net.config.tick))
+    with pytest.raises(UserError, match=f"another model .ticks of {net.config.tick} tokens, this model {2 * net.config.tick}"):
+        slower.step(ids, state)
+    state.save(tmp_path / "state.safetensors")
+    with pytest.raises(UserError, match="ticks of"):
+        slower.step(ids, SynapseState.load(tmp_path / "state.safetensors"))
     with pytest.raises(UserError, match="torch.float32 on cpu, the model in torch.bfloat16"):
         build("default").set_compute_dtype(torch.bfloat16).step(ids, state)
     with pytest.raises(UserError, match="3 rows"):

@@ -82,6 +82,11 @@ class GPTConfig:
         return self.expert_slots or self.num_experts
 
     @property
+    def tick(self) -> int | None:
+        """Tokens per tick of the synapses; None without any."""
+        return self.syn_cfg.tick if self.synapses else None
+
+    @property
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.n_embd // self.n_head

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bio_inspired_nanochat.common import pick_device
 from bio_inspired_nanochat.errors import UserError, damaged_file
 from bio_inspired_nanochat.kernels import ReleaseNoise
 from bio_inspired_nanochat.synaptic.engram import Engram, check_shapes, read_tensors, write_tensors
@@ -232,7 +233,7 @@ class SynapseState:
     """KV cache and all synapse state of B sequences. `pos` [B] counts the tokens that each has read (kept on the CPU).
 
     doc: [B, L] document id per position, when the model keeps documents apart; noise_key: [B, 2] key of each sequence's random
-    release, when it is wanted. A state belongs to its sequences alone: nothing in it is shared with the model or with
+    release, when it is wanted; tick: tokens per tick of the model's synapses, None without any. A state belongs to its sequences alone: nothing in it is shared with the model or with
     another state.
     """
 
@@ -241,6 +242,7 @@ class SynapseState:
     max_len: int
     doc: Tensor | None = None
     noise_key: Tensor | None = None
+    tick: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -250,7 +252,7 @@ class SynapseState:
     def _map(self, change) -> SynapseState:
         layers = [LayerState.of({name: change(value) for name, value in layer.tensors().items()}) for layer in self.layers]
         doc, key = (None if value is None else change(value) for value in (self.doc, self.noise_key))
-        return SynapseState(change(self.pos), layers, self.max_len, doc, key)
+        return SynapseState(change(self.pos), layers, self.max_len, doc, key, self.tick)
 
     def clone(self) -> SynapseState:
         """An independent copy."""
@@ -295,16 +297,17 @@ class SynapseState:
             layers.append(LayerState.of({name: torch.cat([layer.tensors()[name] for layer in group]) for name in group[0].tensors()}))
         doc = None if first.doc is None else torch.cat([state.doc for state in states])
         key = None if first.noise_key is None else torch.cat([state.noise_key for state in states])
-        return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc, key)
+        return cls(torch.cat([state.pos for state in states]), layers, first.max_len, doc, key, first.tick)
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file. Raises UserError where that cannot be done."""
-        meta = {"format": FORMAT, "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers)})}
+        meta = {"format": FORMAT, "shape": json.dumps({"max_len": self.max_len, "layers": len(self.layers), "tick": self.tick})}
         write_tensors(path, self._tensors(), meta)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SynapseState:
-        """Read a state written by `save`. Raises UserError for a missing, damaged or foreign file."""
+        """Read a state written by `save`. Raises UserError for a missing, damaged or foreign file, and for a device that is not there."""
+        device = pick_device(device) if isinstance(device, str) else device
         meta, tensors = read_tensors(path, FORMAT, "a state", "make one with state.save")
         with damaged_file(path, "make another with state.save"):
             shape = json.loads(meta["shape"])
@@ -313,7 +316,7 @@ class SynapseState:
                 prefix = f"layers.{index}."
                 layers.append(LayerState.of({n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}))
             doc, key = (tensors[name].to(device) if name in tensors else None for name in ("doc", "noise_key"))
-            state = cls(tensors["pos"], layers, shape["max_len"], doc, key)
+            state = cls(tensors["pos"], layers, shape["max_len"], doc, key, shape["tick"])
             state._check()
             return state
 
@@ -322,7 +325,9 @@ class SynapseState:
         batch, length, pos = len(self.pos), self.max_len, self.pos
         if pos.dtype != torch.long or pos.shape != (batch,) or not batch or pos.min() < 0 or pos.max() > length:
             raise ValueError(f"pos are not numbers of tokens within max_len={length}")
-        alike = _shapes(self)[3:]
+        if self.tick is not None and (type(self.tick) is not int or self.tick < 1):
+            raise ValueError(f"tick={self.tick!r} is no number of tokens")
+        alike = _shapes(self)[4:]
         if not alike or any(layer != alike[0] for layer in alike):
             raise ValueError("its layers do not have the shapes of one model")
         k, v = self.layers[0].k, self.layers[0].v
@@ -365,7 +370,7 @@ class SynapseState:
 def _shapes(state: SynapseState) -> list:
     """What must agree for two states to be joined: everything but the batch size."""
     layers = [{name: (value.shape[1:], value.dtype) for name, value in layer.tensors().items()} for layer in state.layers]
-    return [state.max_len, state.doc is None, state.noise_key is None, *layers]
+    return [state.max_len, state.doc is None, state.noise_key is None, state.tick, *layers]
 
 
 def _same_layout(a: SynapseState, b: SynapseState) -> bool:

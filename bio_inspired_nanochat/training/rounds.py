@@ -72,7 +72,7 @@ class Curve(Callback):
 class Entrant:
     """One of the models: its plan, the name of its run, its curve, and the record of each of its rounds.
 
-    pace: seconds of a step, as measured last; start: seconds that a round costs apart from its steps.
+    pace: seconds of a step, as measured so far; start: seconds that a round costs apart from its steps.
     """
 
     kind: str
@@ -159,6 +159,7 @@ def train_in_turns(
                 say(f"{entrant.kind}:")
                 if signal := entrant.advance(stop, steps, eval_tokens, [Deadline(at), *callbacks()]):
                     return signal
+                entrant.pace = (entrant.pace + rest[0]) / 2  # one round says more about the machine's mood than about the next ones
         except OutOfTime:
             if not number:
                 raise UserError(f"the time was up before step {stop}: give more --minutes or a smaller --depth") from None
