@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,8 +128,8 @@ class GPT(nn.Module):
         self.compute_dtype = dtype
         return self
 
-    def compile_regions(self, backend: str = "inductor") -> GPT:
-        """Compile every block and the loss in place, for training at fixed shapes.
+    def compile_regions(self, backend: str = "inductor", options: Mapping[str, bool] | None = None) -> GPT:
+        """Compile every block and the loss in place, for training at fixed shapes; options: further ones of inductor.
 
         Blocks share their graphs, so the time to compile does not grow with depth. Decoding by `step` is left as it is.
         """
@@ -141,10 +141,10 @@ class GPT(nn.Module):
             with torch.no_grad():
                 self.run(idx, idx, noise_seed=0)
         # a block has many small parameters, whose values are put together in one kernel
-        options = {"max_pointwise_cat_inputs": 64} if backend == "inductor" else None
+        given = {"max_pointwise_cat_inputs": 64, **(options or {})} if backend == "inductor" else None
         for block in self.blocks:
-            block.compile(dynamic=False, backend=backend, options=options)
-        self._loss = torch.compile(self._loss, dynamic=False, backend=backend)
+            block.compile(dynamic=False, backend=backend, options=given)
+        self._loss = torch.compile(self._loss, dynamic=False, backend=backend, options=given)
         self.compiled = True
         return self
 

@@ -118,7 +118,7 @@ def bench_scaling(config: BenchScalingConfig) -> dict[str, Any]:
         "max_seq_len": plan.model.sequence_len,
     }
     record |= {"vocab_size": plan.model.vocab_size, "device_batch_size": plan.rows, "accumulation": plan.accumulation}
-    record |= {"tokens_per_step": plan.tokens_per_step, "compiled": plan.config.compile == "1", "bucket_mb": config.bucket_mb}
+    record |= {"tokens_per_step": plan.tokens_per_step, "compiled": plan.config.compile != "0", "bucket_mb": config.bucket_mb}
     record |= {"reduce_dtype": config.reduce_dtype, "reshard": config.reshard, "syn_preset": config.syn_preset}
     record["efficiency"] = {kind: {r["parallel"]: r["efficiency"] for r in results if r["model"] == kind} for kind in config.models}
     record["results"] = results

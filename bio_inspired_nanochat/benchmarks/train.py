@@ -26,6 +26,7 @@ from bio_inspired_nanochat.config import PRESETS, SynapticConfig, device_knob, d
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.training import TrainConfig, guards
 from bio_inspired_nanochat.training.clock import wait_for_device
+from bio_inspired_nanochat.training.config import COMPILE
 from bio_inspired_nanochat.training.hardware import GIB, peak_flops
 from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.plan import Plan, make_plan
@@ -70,7 +71,7 @@ class BenchTrainConfig(TrainingSizes):
     backend: str = knob("auto", "execution of the attention operators", choices=_TRAINING["backend"].choices)
     syn_preset: str = knob("default", "named set of synaptic constants that --syn_cfg.* flags then change", choices=tuple(PRESETS))
     syn_cfg: SynapticConfig = knob(SynapticConfig, "constants of the synapses")
-    compile: str = knob("auto", "torch.compile of all; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    compile: str = knob("auto", "torch.compile of all; auto is 1 on CUDA, 0 elsewhere", choices=("auto", *COMPILE))
     graph: str = knob("auto", _TRAINING["graph"].doc, choices=_TRAINING["graph"].choices)
     seconds: float = knob(60.0, "time for the timed steps; compiling comes before", lo=0.0, hi=1e6, unit="seconds")
     device: str = device_knob()
@@ -149,7 +150,12 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     record |= {"depth": model.n_layer, "n_embd": model.n_embd, "head_dim": model.head_dim, "max_seq_len": model.sequence_len}
     record |= {"vocab_size": model.vocab_size, "device_batch_size": plan.rows, "total_batch_size": plan.tokens_per_step}
     record |= {"tick": model.syn_cfg.tick, "syn_preset": config.syn_preset, "backend": model.backend}
-    record |= {"compiled": plan.config.compile == "1", "graph": plan.config.graph == "1", **dict(zip(_names(plans), results, strict=True))}
+    record |= {
+        "compiled": plan.config.compile != "0",
+        "compile": plan.config.compile,
+        "graph": plan.config.graph == "1",
+        **dict(zip(_names(plans), results, strict=True)),
+    }
     keep_record(config.json, record)
     return record
 

@@ -24,6 +24,8 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.optim import OptimConfig
 
 CONTEXT_LIMIT = 1 << 20
+# Options of torch.compile by --compile, None for none. The last is PyTorch's mode of that name but for CUDA graphs, which are --graph's.
+COMPILE: dict[str, dict[str, bool] | None] = {"0": None, "1": {}, "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True}}
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,11 @@ class TrainConfig:
     reshard: bool = knob(
         False, "under fsdp, free a block's gathered parameters after its forward: less memory, and they travel once more", off=False
     )
-    compile: str = knob("auto", "torch.compile; auto is 1 on CUDA, 0 elsewhere", choices=("auto", "0", "1"))
+    compile: str = knob(
+        "auto",
+        "torch.compile; auto is 1 on CUDA, 0 elsewhere; max-autotune also times more kernels to choose from, which takes minutes",
+        choices=("auto", *COMPILE),
+    )
     graph: str = knob(
         "auto", "record forward and backward as a CUDA graph and replay it; auto is 1 for one process on CUDA, 0 elsewhere",
         choices=("auto", "0", "1"),

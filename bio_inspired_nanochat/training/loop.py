@@ -21,6 +21,7 @@ from bio_inspired_nanochat.structural import LineageLog
 from bio_inspired_nanochat.training import faults, guards
 from bio_inspired_nanochat.training.callbacks import Callback, EvalRecord, FaultRecord, Run, StepRecord
 from bio_inspired_nanochat.training.clock import Clock, wait_for_device
+from bio_inspired_nanochat.training.config import COMPILE
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.gradients import Gradients
 from bio_inspired_nanochat.training.hardware import fitting_rows, peak_flops, peak_memory_gib, total_memory
@@ -59,8 +60,8 @@ class Trainer:
         self.gradients = Gradients(self.engine, self.keeper, self.plan)
 
     def _engine(self) -> Engine:
-        if self.config.compile == "1":
-            self.job.model.compile_regions()
+        if (options := COMPILE[self.config.compile]) is not None:
+            self.job.model.compile_regions(options=options)
         return Engine(Objective(self.job.model, self.config.seed), self.plan, self.job.device)
 
     def _experts(self) -> ExpertKeeper | None:
@@ -192,7 +193,7 @@ class Trainer:
         try:
             return self.gradients(idx, targets, micro, share, self.progress.step, first_row)
         except RuntimeError as error:
-            if self.config.compile == "1" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if self.config.compile != "0" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = next(iter(str(error).splitlines()), "")[:200]
                 raise UserError(f"torch.compile failed ({type(error).__name__}: {reason}): use --compile=0") from error
             raise

@@ -16,6 +16,7 @@ from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.optim import build_optimizer
 from bio_inspired_nanochat.training.clock import wait_for_device
+from bio_inspired_nanochat.training.config import COMPILE
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
 from bio_inspired_nanochat.training.hardware import GIB, crowded, static_bytes
@@ -95,8 +96,8 @@ class Rehearsal:
             n_embd=plan.model.n_embd,
             batch_tokens=plan.tokens_per_step,
         )
-        if plan.config.compile == "1":
-            self.model.compile_regions()
+        if (options := COMPILE[plan.config.compile]) is not None:
+            self.model.compile_regions(options=options)
         self.engine = Engine(Objective(self.model, plan.config.seed), plan, device)
         self.keeper = ExpertKeeper(self.model, self.optimizer, 0, plan.config.seed) if plan.model.num_experts else None
         self.gradients = Gradients(self.engine, self.keeper, plan)

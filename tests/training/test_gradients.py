@@ -15,6 +15,7 @@ from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.optim import OptimConfig
 from bio_inspired_nanochat.structural import Ledger
 from bio_inspired_nanochat.training import Callback, gradients, loop, pace, train
+from bio_inspired_nanochat.training.config import COMPILE
 from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
 from bio_inspired_nanochat.training.job import Job, Objective
 from bio_inspired_nanochat.training.pace import measure
@@ -134,6 +135,26 @@ class Places:
 
     def __getattr__(self, name):
         return lambda *args: None
+
+
+@pytest.mark.parametrize(("compile", "expected"), [("0", []), ("1", [False]), ("max-autotune", [True])])
+def test_training_and_its_pace_compile_as_they_are_asked_to(tmp_path, monkeypatch, compile, expected):
+    asked = []
+    monkeypatch.setattr(GPT, "compile_regions", lambda self, options: asked.append(bool(options)))
+    train(small(tmp_path, compile=compile, num_iterations=1, eval_tokens=0, save_every=-1))
+    assert asked == expected
+    pace.Rehearsal(make_plan(small(tmp_path, compile=compile), CPU, 1), CPU)
+    assert asked == 2 * expected
+
+
+def test_a_tuned_compilation_asks_for_options_that_the_compiler_has(monkeypatch):
+    options = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: options.append(given["options"]))
+    monkeypatch.setattr(torch, "compile", lambda function, **given: options.append(given["options"]) or function)
+    GPT(GPTConfig(sequence_len=8, vocab_size=16, n_layer=1, n_head=1, n_kv_head=1, n_embd=8)).compile_regions(
+        options=COMPILE["max-autotune"]
+    )
+    assert len(options) == 2 and all(one["max_autotune"] and set(one) <= set(torch._inductor.list_options()) for one in options)
 
 
 @pytest.mark.parametrize("kind", ["experts", "memory", "rollback"])
