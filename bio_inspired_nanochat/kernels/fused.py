@@ -1,6 +1,6 @@
 """The fused execution of a whole synaptic attention layer as one differentiable operator.
 
-Forward: drive, terminals, attention, one kernel each. Backward: the terminals again, then dk, dv and the gradient of the bias,
+Forward: drive, terminals, attention, one kernel each, and one for lateral inhibition where it is on. Backward: the terminals again, then dk, dv and the gradient of the bias,
 the terminals in reverse time, dk of the drive, and dq. What passes between two kernels belongs to a tick and a key; it lives in
 a workspace of bounded size for a few pairs of batch row and head at a time. Of it only the drive is kept between forward and
 backward, and in long contexts not even that: then the backward computes it again.
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bio_inspired_nanochat.kernels import attention_adjoint_triton, attention_triton, drive_triton
+from bio_inspired_nanochat.kernels import attention_adjoint_triton, attention_triton, drive_triton, lateral_triton
 from bio_inspired_nanochat.kernels.masks import num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise
 from bio_inspired_nanochat.kernels.presyn_codegen import BLOCK, LAUNCH, Spec, constants_of, signature_of, state_from, states_of
 from bio_inspired_nanochat.kernels.presyn_kernels import Kernels, kernels_for
 from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
+from bio_inspired_nanochat.kernels.reference import presyn_bias
 from bio_inspired_nanochat.kernels.scan_triton import running_sum, sum_from_end
 from bio_inspired_nanochat.kernels.tiles import KINDS, Site, dense, key_gradients, launch, planes_of, sum_groups
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
@@ -36,8 +37,6 @@ WORKSPACE = 1 << 26
 
 def obstacle(p: PresynParams, noise: ReleaseNoise | None, theta: Tensor) -> str | None:
     """Why the kernels cannot serve these terminals with thresholds theta [H], or None."""
-    if p.lateral_strength is not None:
-        return "lateral inhibition looks across keys"
     return presyn_obstacle(p, noise, theta)
 
 
@@ -59,7 +58,8 @@ def attention(
 ) -> Tensor:
     """See `kernels.fused_attention`."""
     constants, drawn, signature = _terminals(q, p, noise)
-    return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, _limit(p, largest), window, kind)[0]
+    lateral = (p.lateral_strength, p.lateral_window)
+    return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, *lateral, signature, scale, _limit(p, largest), window, kind)[0]
 
 
 @torch.no_grad()
@@ -81,28 +81,31 @@ def opening(
 ) -> tuple[Tensor, PresynState, Tensor]:
     """See `kernels.fused_opening`."""
     constants, drawn, signature = _terminals(q, p, noise)
-    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, *drawn, signature, scale, window, kind)
+    lateral = (p.lateral_strength, p.lateral_window)
+    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, *drawn, *lateral, signature, scale, window, kind)
     (y, stat), names = _outputs(q), it.kernels.spec.states
     final = torch.empty(len(names) + 1, *q.shape[:2], k.shape[2], device=q.device)
     open_drive = torch.zeros_like(final[0])
-    for site, drive, planes, _ in it.sites(q.new_empty(0), backward=False, final=final):
+    for site, drive, planes, _, _ in it.sites(q.new_empty(0), backward=False, final=final):
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, _limit(p, largest), site, y, stat)
         if q.shape[2] % p.tick:
             open_drive.flatten(0, 1)[site.first : site.first + site.count] = drive[: site.count, -1].float() / p.tick
     *states, beta = final
-    return y, state_from(dict(zip(names, states, strict=True)), open_drive), beta
+    state = state_from(dict(zip(names, states, strict=True)), open_drive)
+    return y, state, beta if p.lateral_strength is None else presyn_bias(state, p, doc)
 
 
 def _terminals(q: Tensor, p: PresynParams, noise: ReleaseNoise | None) -> tuple[Tensor, tuple, str]:
     """The terminals' constants [C, H], the tensors that they draw from, and the signature of their kernels."""
     noisy = noise is not None and p.sampler is not None
-    signature = signature_of(p, list(states_of(PresynState.rest(1, 1, 1, params=p))), ["bias"], noisy, "layer")
+    outputs = ["bias"] if p.lateral_strength is None else ["bias", "activity"]
+    signature = signature_of(p, list(states_of(PresynState.rest(1, 1, 1, params=p))), outputs, noisy, "layer")
     return torch.stack(list(constants_of(p).values())), noise_tensors(noise, q) if noisy else (None, None, None), signature
 
 
 def _limit(p: PresynParams, largest: float | None) -> float | None:
     """Bound on the biased logits in units of log 2, where there is one that float32 bears without a running maximum."""
-    bounded = largest is not None and 0 < p.beta_max <= LARGEST_LOGIT - largest
+    bounded = largest is not None and 0 < p.beta_max <= LARGEST_LOGIT - largest and p.lateral_strength is None
     return (largest + p.beta_max) / math.log(2) if bounded else None
 
 
@@ -123,18 +126,23 @@ class _Layer(NamedTuple):
     strength: Tensor | None
     doc: Tensor | None
     noise: tuple[Tensor, ...]
+    lateral: Tensor | None
+    reach: int
     kernels: Kernels
     scale: float
     window: int | None
     kind: int
 
     @classmethod
-    def of(cls, q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind) -> _Layer:
+    def of(
+        cls, q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, window, kind
+    ) -> _Layer:
         plain = (theta.contiguous(), constants.contiguous())
         gate = (None, None) if cost is None else (running_sum(cost), strength.contiguous())
         noise = () if key is None else (key, first, layer)
+        lateral = None if lateral is None else lateral.contiguous()
         return cls(
-            dense(q), dense(k), dense(v), *plain, *gate, doc, noise, kernels_for(signature), scale, window, KINDS[kind]
+            dense(q), dense(k), dense(v), *plain, *gate, doc, noise, lateral, reach, kernels_for(signature), scale, window, KINDS[kind]
         )  # fmt: skip
 
     @property
@@ -157,8 +165,11 @@ class _Layer(NamedTuple):
         """Room for the drive of the pairs that keep it."""
         return self.buffer(_keeping(self.q, self.ticks), dtype=self.q.dtype)
 
-    def sites(self, kept: Tensor, backward: bool, final: Tensor | None = None) -> Iterator[tuple[Site, Tensor, Tensor, Tensor]]:
-        """Groups of pairs, each with its drive, the bias as planes, and the terminals' states every few ticks.
+    def sites(
+        self, kept: Tensor, backward: bool, final: Tensor | None = None
+    ) -> Iterator[tuple[Site, Tensor, Tensor, Tensor, Tensor | None]]:
+        """Groups of pairs, each with its drive, the bias as planes, the terminals' states every few ticks, and with lateral inhibition
+        their activities.
 
         kept: see there; backward: it holds the drive already, if it is kept, and the states are needed; final [S + 1, B, H, Tk]:
         to fill with the states at the start of the tick that is left open, and their bias.
@@ -167,6 +178,7 @@ class _Layer(NamedTuple):
         most = min(pairs, max(1, WORKSPACE // (self.ticks * keys)))
         spec = self.kernels.spec
         planes = self.buffer(most, planes_of(self.q.dtype), dtype=self.q.dtype)
+        activity = None if self.lateral is None else self.buffer(most)
         spare = None if len(kept) else self.buffer(most, dtype=self.q.dtype)
         check = torch.empty(-(-self.ticks // self.every) if backward else 0, len(spec.states), most, keys, device=self.q.device)
         for first in range(0, pairs, most):
@@ -174,12 +186,15 @@ class _Layer(NamedTuple):
             drive = kept[first : first + site.count] if spare is None else spare
             if spare is not None or not backward:
                 drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
-            operands = (drive, self.constants, planes, check, check if final is None else final, *self._gate(), 1 / self.scale)
+            written = (planes,) if activity is None else (planes, activity)
+            operands = (drive, self.constants, *written, check, check if final is None else final, *self._gate(), 1 / self.scale)
             self._launch(
                 self.kernels.forward, site, *operands, self.q.shape[2] // spec.tick,
                 P=planes_of(self.q.dtype), CHECK=backward, FINAL=final is not None,
             )  # fmt: skip
-            yield site, drive, planes, check
+            if activity is not None:
+                lateral_triton.inhibit(activity[: site.count], planes, self.lateral, self.reach, site)
+            yield site, drive, planes, check, activity
 
     def _gate(self) -> tuple[Tensor, Tensor]:
         return (self.theta, self.theta) if self.barrier is None or self.strength is None else (self.barrier, self.strength)
@@ -192,24 +207,26 @@ class _Layer(NamedTuple):
             BARRIER=self.barrier is not None, EXACT=exact, **static, **LAUNCH,
         )  # fmt: skip
 
-    def reverse(self, site: Site, drive: Tensor, gdrive: Tensor, check: Tensor, gbeta: Tensor, scratch: Tensor, sums: tuple) -> None:
-        """Fill the gradient of the drive; add this site's gradients of barrier, strength and constants to `sums`."""
-        self._launch(self.kernels.backward, site, drive, self.constants, check, scratch, gbeta, gdrive, *self._gate(), *sums)
+    def reverse(self, site: Site, drive: Tensor, gdrive: Tensor, check: Tensor, gradients: tuple, scratch: Tensor, sums: tuple) -> None:
+        """Fill the gradient of the drive from those of bias and activities; add this site's gradients of barrier, strength and constants
+        to `sums`.
+        """
+        self._launch(self.kernels.backward, site, drive, self.constants, check, scratch, *gradients, gdrive, *self._gate(), *sums)
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention", mutates_args=())
 def fused_op(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, cost: Tensor | None, strength: Tensor | None,
-    doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
+    doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None, lateral: Tensor | None, reach: int,
     signature: str, scale: float, limit: float | None, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, laid out [B, T, H, D] in memory, the statistic of every query's logits [B, H, T] (`kernels.attention_triton`), and the
     drive [B * H, N, T] if it is kept, else nothing.
     """
-    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
+    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, window, kind)
     y, stat = _outputs(q)
     kept = it.kept()
-    for site, _, planes, _ in it.sites(kept, backward=False):
+    for site, _, planes, _, _ in it.sites(kept, backward=False):
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, limit, site, y, stat)
     return y, stat, kept
 
@@ -220,7 +237,7 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @fused_op.register_fake
-def _(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, limit, window, kind):
+def _(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, limit, window, kind):
     ticks = num_ticks(0, q.shape[2], Spec.parse(signature).tick)
     return *_outputs(q), q.new_empty(_keeping(q, ticks), ticks, q.shape[2])
 
@@ -229,11 +246,11 @@ def _(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signatu
 def fused_adjoint(
     grad: Tensor, y: Tensor, stat: Tensor, kept: Tensor,
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, cost: Tensor | None, strength: Tensor | None,
-    doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None,
+    doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None, lateral: Tensor | None, reach: int,
     signature: str, scale: float, window: int | None, kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, theta, constants, cost and strength, of their shapes (the last two empty without a barrier)."""
-    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, signature, scale, window, kind)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, theta, constants, cost, strength and lateral, of their shapes (empty without barrier or inhibition)."""
+    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, window, kind)
     q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape
     delta, side = attention_adjoint_triton.row_products(grad, y, stat, scale)
@@ -242,13 +259,19 @@ def fused_adjoint(
     gbarrier = delta.new_empty(batch, heads, tokens if cost is not None else 0)
     gstrength, partial = delta.new_empty(batch, heads, blocks), delta.new_empty(it.kernels.derived, batch * heads, blocks)
     rows = None if cost is None else torch.empty_like(delta)
-    gbeta = gdrive = scratch = None
-    for site, drive, planes, check in it.sites(kept, backward=True):
+    inhibition = delta.new_empty(0) if lateral is None else lateral_triton.strength_shares(it.buffer(0), batch * heads)
+    gbeta = gdrive = scratch = gactivity = None
+    for site, drive, planes, check, activity in it.sites(kept, backward=True):
         gbeta = it.buffer(planes.shape[0]) if gbeta is None else gbeta
         gdrive = torch.empty_like(gbeta, dtype=q.dtype) if gdrive is None else gdrive
         scratch = it.scratch(check) if scratch is None else scratch
         attention_adjoint_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
-        it.reverse(site, drive, gdrive, check, gbeta, scratch, (gbarrier, gstrength, partial))
+        gradients = (gbeta,)
+        if activity is not None:
+            gactivity = torch.empty_like(gbeta) if gactivity is None else gactivity
+            lateral_triton.adjoint(gbeta, activity, gactivity, it.lateral, it.reach, site, inhibition)
+            gradients = (gbeta, gactivity)
+        it.reverse(site, drive, gdrive, check, gradients, scratch, (gbarrier, gstrength, partial))
         drive_triton.backward_keys(q, k, it.theta, it.kind, gdrive, site, gk, shares, add=True)
         attention_adjoint_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gdrive, it.theta, it.kind, rows)
     gconstants = torch.empty_like(it.constants)
@@ -257,7 +280,8 @@ def fused_adjoint(
     gate = (gbarrier, gstrength.new_empty(0))
     if cost is not None:  # the sums of a query's row are zero in exact arithmetic; here they cancel the rounding of all later ones
         gate = (sum_from_end(torch.addcmul(gbarrier, it.strength[:, None], rows, value=-1)), gstrength.sum((0, 2)))
-    return gq, gk, gv, shares.sum((0, 2)), gconstants, *gate
+    glateral = inhibition if lateral is None else inhibition.unflatten(0, (batch, heads)).sum((0, 2, 3))
+    return gq, gk, gv, shares.sum((0, 2)), gconstants, *gate, glateral
 
 
 @fused_adjoint.register_fake
@@ -266,20 +290,22 @@ def _(grad, y, stat, kept, q, k, v, theta, constants, cost, *rest):
     gk, gv = (sum_groups(key_gradients(q, x), x) for x in (k, v))
     gcost = theta.new_empty(*q.shape[:2], 0 if cost is None else q.shape[2])
     plain = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (theta, constants))
-    return torch.empty_like(q), gk, gv, *plain, gcost, theta.new_empty(0 if cost is None else len(theta))
+    gates = (theta.new_empty(0 if part is None else len(theta)) for part in (cost, rest[5]))
+    return torch.empty_like(q), gk, gv, *plain, gcost, *gates
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.signature, ctx.scale, _, ctx.window, ctx.kind = inputs
+    *tensors, ctx.reach, ctx.signature, ctx.scale, _, ctx.window, ctx.kind = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)  # else the kept drive, which nobody differentiates, gets zeros of its size
 
 
 def _backward(ctx, grad, *_):
     *tensors, y, stat, kept = ctx.saved_tensors
-    *grads, gcost, gstrength = fused_adjoint(grad, y, stat, kept, *tensors, ctx.signature, ctx.scale, ctx.window, ctx.kind)
+    options = (ctx.reach, ctx.signature, ctx.scale, ctx.window, ctx.kind)
+    *grads, gcost, gstrength, glateral = fused_adjoint(grad, y, stat, kept, *tensors, *options)
     gate = (None, None) if tensors[5] is None else (gcost, gstrength)
-    return *grads, *gate, *[None] * 9
+    return *grads, *gate, *[None] * 4, None if tensors[11] is None else glateral, *[None] * 6
 
 
 fused_op.register_autograd(_backward, setup_context=_setup)

@@ -1,7 +1,8 @@
 """The walk over the ticks as the fused layer needs it (its other site: `kernels.presyn_kernels`).
 
 Terminals start at rest; the barrier, the sum of two float32 [2, B, H, T], joins the bias; bias and gradient of the drive are
-written as planes. Small sets of parts take several ticks a turn: their states stay in registers, and the loads of a turn are
+written as planes. With lateral inhibition (outputs bias and activity) the activities are written too, and their gradients read, for
+`kernels.lateral_triton`. Small sets of parts take several ticks a turn: their states stay in registers, and the loads of a turn are
 under way while the one before it is computed. Blocks of keys that are all born are walked without masks. Where a sequence will
 go on (FINAL), the forward also gives the states at the start of tick `closed` and their bias without the barrier.
 
@@ -49,12 +50,28 @@ class _Access(NamedTuple):
         mask = f"live & (still + n + {u} < ticks)" if self.masked else "None"
         return f"store_planes(plane_at + n * keys + {u} * keys, ticks * keys, {value}, {mask}, {count})"
 
+    def plain(self, name: str, value: str, u: int) -> str:
+        """A line that stores a float32 value of tick n + u."""
+        mask = f", mask=live & (still + n + {u} < ticks)" if self.masked else ""
+        return f"tl.store({name}_at + n * keys + {u} * keys, {value}{mask})"
+
     def barrier(self, u: int, lines: list[str]) -> list[str]:
         """Lines that know, as `near`, what the barrier costs between a key and tick n + u, where there is one."""
         place = f"n * {self.tick} + {u * self.tick}"
         place = f"tl.minimum({place}, keys - 1)" if self.masked else place
         near = f"near = (mine - tl.load(high_at + {place})) + (rest - tl.load(low_at + {place}))"
         return ["if BARRIER:", *indented([near, *lines], 1)]
+
+
+def _cotangents(tick: Tick) -> dict[str, str]:
+    """Where the gradients of a tick's outputs come from, and their names."""
+    return dict(zip(("gbeta", "gactivity"), (f"c{i}" for i in range(len(tick.out))), strict=False))
+
+
+def _read_back(tick: Tick, access: _Access) -> list[str]:
+    """The loads of a part of the backward."""
+    sources = {"drive": "i"} | {source: f"{name}_" for source, name in _cotangents(tick).items()}
+    return [line for source, name in sources.items() for line in _loads(tick, access, source, name)]
 
 
 def _loads(tick: Tick, access: _Access, source: str, name: str) -> list[str]:
@@ -70,6 +87,7 @@ def _forward_tick(tick: Tick, access: _Access, u: int) -> list[str]:
         f"    fbias = tl.where(n + {u} == closed, total, fbias)",
         *access.barrier(u, ["total += strength * near"]),
         access.store("total * inverse", "P", u),
+        *(access.plain("activity", value, u) for value in tick.out[1:]),
         *tick.advance,
     ]
 
@@ -80,7 +98,7 @@ def _replay(tick: Tick, u: int) -> list[str]:
 
 def _backward_tick(tick: Tick, access: _Access, u: int) -> list[str]:
     return [
-        f"c0 = c0_{u}",
+        *(f"{name} = {name}_{u}" for name in _cotangents(tick).values()),
         f"drive = i{u} * {1 / tick.spec.tick!r}",
         *access.barrier(u, ["gmine += c0", "gstrength += c0 * near"]),
         *tick.noise(f"(n + {u})"),
@@ -133,17 +151,13 @@ def _check(tick: Tick, mask: str) -> list[str]:
 def _back(tick: Tick) -> list[str]:
     """Back over all parts: forward through a part from its stored states, which registers keep, then in reverse."""
     spec, ticks, count = tick.spec, range(tick.spec.unroll), len(tick.spec.states)
-    masked_loads = [
-        line for source, name in (("drive", "i"), ("gbeta", "c0_")) for line in _loads(tick, _Access(spec.tick, True), source, name)
-    ]
-    lines = ["n = (parts - 1) * every", *_later(masked_loads), "plain = tl.maximum(parts - 1 - edge, 0)"]
+    lines = ["n = (parts - 1) * every", *_later(_read_back(tick, _Access(spec.tick, True))), "plain = tl.maximum(parts - 1 - edge, 0)"]
     for masked in (False, True):
         access = _Access(spec.tick, masked)
         mask = "mask=live, other=0.0" if masked else "mask=None"
         before = ["part = parts - 1 - step"]
         before += [f"s{i} = tl.load(check_ptr + (part * {count} + {i}) * size + at, {mask})" for i in range(count)]
-        loads = [line for source, name in (("drive", "i"), ("gbeta", "c0_")) for line in _loads(tick, access, source, name)]
-        steps = []
+        loads, steps = _read_back(tick, access), []
         for u in ticks:
             steps += [*(f"s{i}_{u} = s{i}" for i in range(count)), *_replay(tick, u), *tick.advance]
         for u in reversed(ticks):
@@ -172,7 +186,7 @@ def _back_one_by_one(tick: Tick) -> list[str]:
 
     drive = _loads(tick, access, "drive", "i")
     replay = [*drive, *(f"{scratch('store', i)}, s{i}, mask=live)" for i in range(count)), *_replay(tick, 0), *tick.advance]
-    back = [*drive, *_loads(tick, access, "gbeta", "c0_"), *(f"s{i} = {scratch('load', i)}, mask=live, other=0.0)" for i in range(count))]
+    back = [*_read_back(tick, access), *(f"s{i} = {scratch('load', i)}, mask=live, other=0.0)" for i in range(count))]
     return [
         "for back in range(parts - born):",
         "    part = parts - 1 - back",
@@ -188,9 +202,15 @@ def _back_one_by_one(tick: Tick) -> list[str]:
     ]
 
 
+def _pointers(*names: str) -> str:
+    return ", ".join(f"{name}_ptr" for name in names)
+
+
 def layer_lines(tick: Tick) -> list[str]:
     """The source of both passes."""
     spec, states = tick.spec, len(tick.spec.states)
+    gradients = list(_cotangents(tick))
+    extra = ["activity"] * (len(gradients) - 1)
 
     def head(planes: str, *read: str) -> list[str]:
         return [
@@ -205,7 +225,7 @@ def layer_lines(tick: Tick) -> list[str]:
     at_once: dict[bool, tuple[Callable, Callable]] = {True: (_ahead, _back), False: (_ahead_one_by_one, _back_one_by_one)}
     ahead, back = at_once[spec.unroll > 1]
     forward = [
-        *head("P", "drive"),
+        *head("P", "drive", *extra),
         *(f"s{i} = tl.full([BLOCK], {float(name in FULL_AT_REST)}, tl.float32)" for i, name in enumerate(spec.states)),
         "last = ticks",
         "if FINAL:",
@@ -220,7 +240,7 @@ def layer_lines(tick: Tick) -> list[str]:
         f"    tl.store(final_ptr + ({states} * pairs + row) * keys + offset, fbias, mask=live)",
     ]
     backward = [
-        *head("1", "drive", "gbeta"),
+        *head("1", "drive", *gradients),
         *(f"{name} = tl.zeros([BLOCK], tl.float32)" for name in ("gmine", "gstrength")),
         *(f"g{i} = tl.zeros([BLOCK], tl.float32)" for i in range(states)),
         *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(tick.derived)),
@@ -234,13 +254,13 @@ def layer_lines(tick: Tick) -> list[str]:
     return [
         *codegen.kernel_text(
             "forward",
-            f"drive_ptr, constant_ptr, plane_ptr, check_ptr, final_ptr, barrier_ptr, strength_ptr, inverse, closed, {common}, "
+            f"drive_ptr, constant_ptr, {_pointers('plane', *extra)}, check_ptr, final_ptr, barrier_ptr, strength_ptr, inverse, closed, {common}, "
             "P: tl.constexpr, CHECK: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr",
             forward,
         ),
         *codegen.kernel_text(
             "backward",
-            "drive_ptr, constant_ptr, check_ptr, scratch_ptr, gbeta_ptr, plane_ptr, barrier_ptr, strength_ptr, gbarrier_ptr, gstrength_ptr, "
+            f"drive_ptr, constant_ptr, check_ptr, scratch_ptr, {_pointers(*gradients, 'plane')}, barrier_ptr, strength_ptr, gbarrier_ptr, gstrength_ptr, "
             f"gh_ptr, {common}, BLOCK: tl.constexpr",
             backward,
         ),

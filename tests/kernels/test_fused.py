@@ -73,7 +73,7 @@ def run(
         real, backend = (torch.float64, "reference") if exact else (torch.float32, "sdpa")
         params = PresynParams(*[value.to(real) if isinstance(value, torch.Tensor) else value for value in params])
         drive = kernels.tick_drive(q, k, theta.to(real), tick, scale, kind=kind, backend=backend, **where) / tick
-        beta, _ = kernels.presyn(drive, params, closed=length // tick, noise=noise, backend=backend)
+        beta, _ = kernels.presyn(drive, params, closed=length // tick, doc=doc, noise=noise, backend=backend)
         if barrier:
             first = torch.arange(0, length, tick, device=device)
             beta = beta + (strength.double()[:, None, None] * (total[:, :, None] - total[:, :, first][..., None])).to(real)
@@ -120,6 +120,9 @@ OPTIONS = {
     "unbounded": {"bounded": False},
     "all parts": {"preset": "full", "endo_delay": 20.0},
     "stochastic": {"stochastic_train_frac": 0.5},
+    "lateral": {"lateral_strength": 0.7, "lateral_window": 5},
+    "lateral, documents": {"lateral_strength": -0.6, "lateral_window": 9, "docs": True, "window": 40},
+    "all parts, lateral": {"preset": "full", "endo_delay": 20.0, "lateral_strength": 0.4},
 }
 
 
@@ -132,7 +135,10 @@ def interpreted():
     compare("cpu", torch.float32, 256, 32, 16, 1e-5, **one)  # whole blocks of keys, walked without masks
     compare("cpu", torch.float32, 72, 1, 16, 1e-5, **one)  # so many ticks that the drive is computed twice instead of kept
     compare("cpu", torch.float32, 50, 4, 16, 2e-5, docs=True, window=19, bounded=False, **one)
-    compare("cpu", torch.float32, 24, 8, 16, 2e-5, **OPTIONS["all parts"], **OPTIONS["stochastic"], **one)
+    compare("cpu", torch.float32, 24, 8, 16, 2e-5, **OPTIONS["all parts, lateral"], **OPTIONS["stochastic"], **one)
+    compare("cpu", torch.float32, 41, 4, 16, 1e-5, batch=1, kv_heads=1, **OPTIONS["lateral"])
+    compare("cpu", torch.float32, 256, 32, 16, 1e-5, **OPTIONS["lateral"], **one)
+    compare("cpu", torch.float32, 50, 4, 16, 2e-5, **OPTIONS["lateral, documents"], **one)
     sizes = {"n_embd": 32, "n_head": 2, "n_kv_head": 1, "n_layer": 1}
     for synapses, overrides in (("default", {"window_pattern": "SL"}), ("bias_limit", {"doc_mask": True})):
         model, plain = (make_model(synapses, backend=backend, **sizes, **overrides) for backend in ("fused", "reference"))
@@ -148,6 +154,7 @@ def opened():
     sizes = {"n_embd": 32, "n_head": 2, "n_kv_head": 1, "n_layer": 1}
     compare_opening("cpu", torch.float32, 1e-4, "default", (16, 19), window_pattern="SL", **sizes)
     compare_opening("cpu", torch.float32, 1e-4, "rab", (8, 10), doc_mask=True, **sizes)
+    compare_opening("cpu", torch.float32, 1e-4, "lateral", (16, 19), doc_mask=True, **sizes)
     model = make_model("default", backend="fused", **sizes)
     with unittest.mock.patch.object(fused, "opening", side_effect=fused.opening) as reader:
         state = model.init_state(2, 40)
@@ -163,7 +170,7 @@ def test_prompts_are_read_by_the_fused_layer_in_the_interpreter():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
-@pytest.mark.parametrize("synapses", ["default", "seed", "rab"])
+@pytest.mark.parametrize("synapses", ["default", "seed", "rab", "lateral"])
 def test_prompts_are_read_by_the_fused_layer_on_the_gpu(synapses, dtype, tolerance):
     compare_opening("cuda", dtype, tolerance, synapses, (8, 9, 128, 200), n_embd=64, n_head=4, n_kv_head=2)
 
@@ -198,7 +205,7 @@ def poisoned():
         (count, *front, self.ticks, self.k.shape[2]), float("nan"), dtype=dtype
     )
     one = {"heads": 1, "kv_heads": 1, "batch": 1}
-    for length, options in ((64, {}), (50, {}), (50, {"docs": True, "window": 19})):
+    for length, options in ((64, {}), (50, {}), (50, {"docs": True, "window": 19}), (50, OPTIONS["lateral, documents"])):
         compare("cpu", torch.float32, length, 8, 16, 2e-5, **options, **one)
 
 
@@ -211,16 +218,21 @@ def promised():
     p.init_weights()
     p = p.params()
     names = list(presyn_codegen.states_of(PresynState.rest(1, 1, 1, params=p)))
-    signature = presyn_codegen.signature_of(p, names, ["bias"], False, "layer")
-    presyn_kernels.kernels_for(signature)
+    signatures = {
+        outputs: presyn_codegen.signature_of(p, names, list(outputs), False, "layer") for outputs in (("bias",), ("bias", "activity"))
+    }
+    for signature in signatures.values():
+        presyn_kernels.kernels_for(signature)
     constants = torch.stack(list(presyn_codegen.constants_of(p).values())).detach().requires_grad_()
     theta = torch.zeros(2, requires_grad=True)
-    for kv_heads, gated in ((2, True), (1, False)):
+    for kv_heads, gated, outputs in ((2, True, ("bias",)), (1, False, ("bias",)), (2, False, ("bias", "activity"))):
         q, k = (torch.randn(1, heads, 20, 16, requires_grad=True) for heads in (2, kv_heads))
         v = torch.randn(1, 20, kv_heads, 16).transpose(1, 2).requires_grad_()  # as the projections leave it
         gate = (torch.rand(1, 2, 20, requires_grad=True), torch.ones(2, requires_grad=True)) if gated else (None, None)
         drawn = (None, None, None, None)
-        torch.library.opcheck(fused.fused_op, (q, k, v, theta, constants, *gate, *drawn, signature, 0.25, 30.0, None, "phi"))
+        lateral = (torch.full((2,), 0.5, requires_grad=True), 3) if len(outputs) > 1 else (None, 0)
+        options = (signatures[outputs], 0.25, 30.0, None, "phi")
+        torch.library.opcheck(fused.fused_op, (q, k, v, theta, constants, *gate, *drawn, *lateral, *options))
 
 
 def unbroken():
@@ -255,8 +267,8 @@ def served_by(synapses: str, **options) -> list[str]:
 
 def chosen():
     assert served_by("default") == ["fused_attention"]
-    assert "fused_attention" not in served_by("default", telemetry=True)  # which reads every tick
-    split = served_by("lateral")  # which looks across keys
+    assert served_by("lateral") == ["fused_attention"]
+    split = served_by("default", telemetry=True)  # which reads every tick
     assert "fused_attention" not in split and {"tick_drive", "presyn", "tick_biased_attention"} <= set(split)
 
 

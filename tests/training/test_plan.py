@@ -146,7 +146,7 @@ def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():
     ticks = SynapticConfig(tick=8)
     vanilla, fused, split = (
         bytes_per_row(GPTConfig(**sizes, synapses=synapses, syn_cfg=cfg), torch.bfloat16)
-        for synapses, cfg in ((False, ticks), (True, ticks), (True, SynapticConfig(tick=8, lateral_strength=0.1)))
+        for synapses, cfg in ((False, ticks), (True, ticks), (True, SynapticConfig(tick=8, aux_pool=0.1)))
     )
     assert fused == vanilla and split > 10 * vanilla
     shorter = {**sizes, "sequence_len": 2048}
