@@ -185,8 +185,9 @@ class GPT(nn.Module):
         records: list[dict[str, Any]] | None = None,
         routing: list[list[Routing]] | None = None,
         probes: Sequence[Probe] | None = None,
+        brief: bool = False,
     ) -> Tensor:
-        """The residual stream after the last block, [B, T, n_embd]; `records` and `routing` get one entry per layer."""
+        """The residual stream after the last block, [B, T, n_embd]; `records` (brief: see `Extras`) and `routing` get one entry per layer."""
         positions = torch.arange(idx.shape[1], device=idx.device)[None]
         x0 = self._embed(idx)
         x = x0.clone()  # were it x0 itself, the compiler would give the first layer a graph of its own
@@ -201,7 +202,7 @@ class GPT(nn.Module):
                 routing.append(routes := [])
             # the layer's index is a tensor, so that compiled blocks share their graph
             draws = None if noise is None else noise.at(layers[layer], 0)
-            x = block(x, x0, scales, idx, cos_sin, Extras(doc, draws, record, routes, None if probes is None else probes[layer]))
+            x = block(x, x0, scales, idx, cos_sin, Extras(doc, draws, record, routes, None if probes is None else probes[layer], brief))
         return x
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, noise_seed: int | None = None) -> Tensor:
@@ -271,12 +272,11 @@ class GPT(nn.Module):
         tells = self.config.synapses and (cfg.presyn or cfg.hebb != "off")
         records: list[dict[str, Any]] | None = [] if wants_aux or (telemetry and tells) else None
         routes: list[list[Routing]] | None = [] if routing else None
-        x = self._trunk(idx, noise, records, routes, probes)
+        x = self._trunk(idx, noise, records, routes, probes, brief=not telemetry)
         logits, loss = (self._logits(x), None) if targets is None else self._loss(x, targets)
         aux = summary = None
         if wants_aux:
-            assert records is not None
-            aux = torch.stack([auxiliary_loss(record, cfg.aux_energy, cfg.aux_pool) for record in records]).mean()
+            aux = torch.stack([auxiliary_loss(record, cfg.aux_energy, cfg.aux_pool) for record in records or []]).mean()
         if telemetry:
             summary = summarise(records or [], cfg.tick)
         return RunOutput(logits, loss, aux, summary, routing=None if routes is None else [route for (route,) in routes])

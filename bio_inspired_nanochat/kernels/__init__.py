@@ -26,12 +26,14 @@ from bio_inspired_nanochat.kernels.masks import QStart, num_ticks
 from bio_inspired_nanochat.kernels.noise import ReleaseNoise, ReleaseSampler
 from bio_inspired_nanochat.kernels.reference import phi, presyn_bias, presyn_step, released
 from bio_inspired_nanochat.kernels.scan import running_sum
+from bio_inspired_nanochat.kernels.terminal import SHORTAGES, shortage
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 BACKENDS = ("auto", "reference", "sdpa", "triton", "rust")
 
 __all__ = [
     "BACKENDS",
+    "SHORTAGES",
     "PresynParams",
     "PresynState",
     "ReleaseNoise",
@@ -47,6 +49,7 @@ __all__ = [
     "presyn_step",
     "released",
     "running_sum",
+    "shortage",
     "tick_biased_attention",
     "tick_drive",
     "triton_obstacle",
@@ -235,6 +238,7 @@ def fused_attention(
     doc: Tensor | None = None,
     noise: ReleaseNoise | None = None,
     kind: str = "phi",
+    record: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Drive, presyn and biased attention of whole sequences in one operator that keeps nothing of its inner values.
 
@@ -244,6 +248,7 @@ def fused_attention(
         largest: bound on |q . k * scale|, which QK norm gives; it saves the running maximum of the softmax. None: unknown.
         cost: [B, H, T] float32 >= 0 of passing each token: with their running sum L the barrier adds -strength (L_t - L_j) to
             the logit of query t and key j; strength: [H] >= 0.
+        record: a dictionary that gets the means of `SHORTAGES` over rows, heads, ticks and keys, 0-dim, of those that exist.
 
     Returns:
         y [B, H, T, D]. Differentiable in every tensor. UserError when the kernels cannot serve the call.
@@ -253,7 +258,7 @@ def fused_attention(
     from bio_inspired_nanochat.kernels import fused
 
     where = {"window": window, "doc": doc, "noise": noise, "kind": kind}
-    return fused.attention(q, k, v, theta, params, scale, largest, cost=cost, strength=strength, **where)
+    return fused.attention(q, k, v, theta, params, scale, largest, cost=cost, strength=strength, record=record, **where)
 
 
 def fused_opening(

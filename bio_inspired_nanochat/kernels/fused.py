@@ -26,6 +26,7 @@ from bio_inspired_nanochat.kernels.presyn_triton import noise_tensors
 from bio_inspired_nanochat.kernels.presyn_triton import obstacle as presyn_obstacle
 from bio_inspired_nanochat.kernels.reference import presyn_bias
 from bio_inspired_nanochat.kernels.scan_triton import running_sum, sum_from_end
+from bio_inspired_nanochat.kernels.terminal import SHORTAGES
 from bio_inspired_nanochat.kernels.tiles import KINDS, Site, dense, key_gradients, launch, planes_of, sum_groups
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
@@ -55,11 +56,16 @@ def attention(
     doc: Tensor | None = None,
     noise: ReleaseNoise | None = None,
     kind: str = "phi",
+    record: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """See `kernels.fused_attention`."""
-    constants, drawn, signature = _terminals(q, p, noise)
-    lateral = (p.lateral_strength, p.lateral_window)
-    return fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, *lateral, signature, scale, _limit(p, largest), window, kind)[0]
+    constants, drawn, signature = _terminals(q, p, noise, record is not None)
+    options = (p.lateral_strength, p.lateral_window, signature, scale, _limit(p, largest), window, kind)
+    y, _, _, low = fused_op(q, k, v, theta, constants, cost, strength, doc, *drawn, *options)
+    if record is not None:
+        all_of_them = q.shape[0] * q.shape[1] * num_ticks(0, q.shape[2], p.tick) * k.shape[2]
+        record |= dict(zip(_low(Spec.parse(signature)), (low / all_of_them).unbind(), strict=True))
+    return y
 
 
 @torch.no_grad()
@@ -86,7 +92,7 @@ def opening(
     (y, stat), names = _outputs(q), it.kernels.spec.states
     final = torch.empty(len(names) + 1, *q.shape[:2], k.shape[2], device=q.device)
     open_drive = torch.zeros_like(final[0])
-    for site, drive, planes, _, _ in it.sites(q.new_empty(0), backward=False, final=final):
+    for site, drive, planes, _, _ in it.sites(q.new_empty(0), it.low(), backward=False, final=final):
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, _limit(p, largest), site, y, stat)
         if q.shape[2] % p.tick:
             open_drive.flatten(0, 1)[site.first : site.first + site.count] = drive[: site.count, -1].float() / p.tick
@@ -95,12 +101,18 @@ def opening(
     return y, state, beta if p.lateral_strength is None else presyn_bias(state, p, doc)
 
 
-def _terminals(q: Tensor, p: PresynParams, noise: ReleaseNoise | None) -> tuple[Tensor, tuple, str]:
-    """The terminals' constants [C, H], the tensors that they draw from, and the signature of their kernels."""
-    noisy = noise is not None and p.sampler is not None
+def _terminals(q: Tensor, p: PresynParams, noise: ReleaseNoise | None, low: bool = False) -> tuple[Tensor, tuple, str]:
+    """The terminals' constants [C, H], the tensors that they draw from, and the signature of their kernels; low: with `SHORTAGES`."""
+    noisy, states = noise is not None and p.sampler is not None, list(states_of(PresynState.rest(1, 1, 1, params=p)))
     outputs = ["bias"] if p.lateral_strength is None else ["bias", "activity"]
-    signature = signature_of(p, list(states_of(PresynState.rest(1, 1, 1, params=p))), outputs, noisy, "layer")
+    outputs += [name for name, (part, _) in SHORTAGES.items() if low and part in states]
+    signature = signature_of(p, states, outputs, noisy, "layer")
     return torch.stack(list(constants_of(p).values())), noise_tensors(noise, q) if noisy else (None, None, None), signature
+
+
+def _low(spec: Spec) -> list[str]:
+    """Those of `SHORTAGES` that the kernels of a layer sum up."""
+    return [name for name in spec.outputs if name in SHORTAGES]
 
 
 def _limit(p: PresynParams, largest: float | None) -> float | None:
@@ -165,13 +177,18 @@ class _Layer(NamedTuple):
         """Room for the drive of the pairs that keep it."""
         return self.buffer(_keeping(self.q, self.ticks), dtype=self.q.dtype)
 
+    def low(self) -> Tensor:
+        """Room for the sums of shortages, [K, B, H, blocks]."""
+        blocks = -(-self.k.shape[2] // BLOCK)
+        return self.theta.new_empty(len(_low(self.kernels.spec)), *self.q.shape[:2], blocks)
+
     def sites(
-        self, kept: Tensor, backward: bool, final: Tensor | None = None
+        self, kept: Tensor, low: Tensor, backward: bool, final: Tensor | None = None
     ) -> Iterator[tuple[Site, Tensor, Tensor, Tensor, Tensor | None]]:
         """Groups of pairs, each with its drive, the bias as planes, the terminals' states every few ticks, and with lateral inhibition
         their activities.
 
-        kept: see there; backward: it holds the drive already, if it is kept, and the states are needed; final [S + 1, B, H, Tk]:
+        kept, low: see there; backward: it holds the drive already, if it is kept, and the states are needed; final [S + 1, B, H, Tk]:
         to fill with the states at the start of the tick that is left open, and their bias.
         """
         pairs, keys = self.q.shape[0] * self.q.shape[1], self.k.shape[2]
@@ -186,7 +203,7 @@ class _Layer(NamedTuple):
             drive = kept[first : first + site.count] if spare is None else spare
             if spare is not None or not backward:
                 drive_triton.forward(self.q, self.k, self.theta, self.kind, site, drive, fill=self.window is not None)
-            written = (planes,) if activity is None else (planes, activity)
+            written = [planes, *([] if activity is None else [activity]), *([low] if len(low) else [])]
             operands = (drive, self.constants, *written, check, check if final is None else final, *self._gate(), 1 / self.scale)
             self._launch(
                 self.kernels.forward, site, *operands, self.q.shape[2] // spec.tick,
@@ -207,8 +224,8 @@ class _Layer(NamedTuple):
             BARRIER=self.barrier is not None, EXACT=exact, **static, **LAUNCH,
         )  # fmt: skip
 
-    def reverse(self, site: Site, drive: Tensor, gdrive: Tensor, check: Tensor, gradients: tuple, scratch: Tensor, sums: tuple) -> None:
-        """Fill the gradient of the drive from those of bias and activities; add this site's gradients of barrier, strength and constants
+    def reverse(self, site: Site, drive: Tensor, gdrive: Tensor, check: Tensor, gradients: list, scratch: Tensor, sums: tuple) -> None:
+        """Fill the gradient of the drive from those of bias, activities and shortages; add this site's gradients of barrier, strength and constants
         to `sums`.
         """
         self._launch(self.kernels.backward, site, drive, self.constants, check, scratch, *gradients, gdrive, *self._gate(), *sums)
@@ -219,16 +236,16 @@ def fused_op(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, cost: Tensor | None, strength: Tensor | None,
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None, lateral: Tensor | None, reach: int,
     signature: str, scale: float, limit: float | None, window: int | None, kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, laid out [B, T, H, D] in memory, the statistic of every query's logits [B, H, T] (`kernels.attention_triton`), and the
-    drive [B * H, N, T] if it is kept, else nothing.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, laid out [B, T, H, D] in memory, the statistic of every query's logits [B, H, T] (`kernels.attention_triton`), the
+    drive [B * H, N, T] if it is kept, else nothing, and the sums of those of `SHORTAGES` that the signature names.
     """
     it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, window, kind)
     y, stat = _outputs(q)
-    kept = it.kept()
-    for site, _, planes, _, _ in it.sites(kept, backward=False):
+    kept, low = it.kept(), it.low()
+    for site, _, planes, _, _ in it.sites(kept, low, backward=False):
         attention_triton.forward(it.q, it.k, it.v, planes, it.barrier, it.strength, limit, site, y, stat)
-    return y, stat, kept
+    return y, stat, kept, low.sum((1, 2, 3))
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,13 +255,14 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 @fused_op.register_fake
 def _(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, limit, window, kind):
-    ticks = num_ticks(0, q.shape[2], Spec.parse(signature).tick)
-    return *_outputs(q), q.new_empty(_keeping(q, ticks), ticks, q.shape[2])
+    spec = Spec.parse(signature)
+    ticks = num_ticks(0, q.shape[2], spec.tick)
+    return *_outputs(q), q.new_empty(_keeping(q, ticks), ticks, q.shape[2]), theta.new_empty(len(_low(spec)))
 
 
 @torch.library.custom_op("bio_inspired_nanochat::fused_attention_adjoint", mutates_args=())
 def fused_adjoint(
-    grad: Tensor, y: Tensor, stat: Tensor, kept: Tensor,
+    grad: Tensor, glow: Tensor, y: Tensor, stat: Tensor, kept: Tensor,
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, constants: Tensor, cost: Tensor | None, strength: Tensor | None,
     doc: Tensor | None, key: Tensor | None, first: Tensor | None, layer: Tensor | None, lateral: Tensor | None, reach: int,
     signature: str, scale: float, window: int | None, kind: str,
@@ -261,16 +279,18 @@ def fused_adjoint(
     rows = None if cost is None else torch.empty_like(delta)
     inhibition = delta.new_empty(0) if lateral is None else lateral_triton.strength_shares(it.buffer(0), batch * heads)
     gbeta = gdrive = scratch = gactivity = None
-    for site, drive, planes, check, activity in it.sites(kept, backward=True):
+    for site, drive, planes, check, activity in it.sites(kept, it.low(), backward=True):
         gbeta = it.buffer(planes.shape[0]) if gbeta is None else gbeta
         gdrive = torch.empty_like(gbeta, dtype=q.dtype) if gdrive is None else gdrive
         scratch = it.scratch(check) if scratch is None else scratch
         attention_adjoint_triton.backward_keys(grad, q, k, v, planes, side, site, gk, gv, gbeta, fill=window is not None)
-        gradients = (gbeta,)
+        gradients = [gbeta]
         if activity is not None:
             gactivity = torch.empty_like(gbeta) if gactivity is None else gactivity
             lateral_triton.adjoint(gbeta, activity, gactivity, it.lateral, it.reach, site, inhibition)
-            gradients = (gbeta, gactivity)
+            gradients.append(gactivity)
+        if len(glow):
+            gradients.append(glow)
         it.reverse(site, drive, gdrive, check, gradients, scratch, (gbarrier, gstrength, partial))
         drive_triton.backward_keys(q, k, it.theta, it.kind, gdrive, site, gk, shares, add=True)
         attention_adjoint_triton.backward_queries(grad, q, k, v, planes, stat, delta, site, gq, gdrive, it.theta, it.kind, rows)
@@ -285,7 +305,7 @@ def fused_adjoint(
 
 
 @fused_adjoint.register_fake
-def _(grad, y, stat, kept, q, k, v, theta, constants, cost, *rest):
+def _(grad, glow, y, stat, kept, q, k, v, theta, constants, cost, *rest):
     q, k, v = dense(q), dense(k), dense(v)
     gk, gv = (sum_groups(key_gradients(q, x), x) for x in (k, v))
     gcost = theta.new_empty(*q.shape[:2], 0 if cost is None else q.shape[2])
@@ -296,14 +316,16 @@ def _(grad, y, stat, kept, q, k, v, theta, constants, cost, *rest):
 
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.reach, ctx.signature, ctx.scale, _, ctx.window, ctx.kind = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[:3])
     ctx.set_materialize_grads(False)  # else the kept drive, which nobody differentiates, gets zeros of its size
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, grad, _stat, _kept, glow):
     *tensors, y, stat, kept = ctx.saved_tensors
+    grad = torch.zeros_like(y) if grad is None else grad
+    glow = tensors[3].new_zeros(len(_low(Spec.parse(ctx.signature)))) if glow is None else glow
     options = (ctx.reach, ctx.signature, ctx.scale, ctx.window, ctx.kind)
-    *grads, gcost, gstrength, glateral = fused_adjoint(grad, y, stat, kept, *tensors, *options)
+    *grads, gcost, gstrength, glateral = fused_adjoint(grad, glow, y, stat, kept, *tensors, *options)
     gate = (None, None) if tensors[5] is None else (gcost, gstrength)
     return *grads, *gate, *[None] * 4, None if tensors[11] is None else glateral, *[None] * 6
 

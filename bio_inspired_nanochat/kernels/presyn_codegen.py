@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from bio_inspired_nanochat.kernels import codegen
 from bio_inspired_nanochat.kernels.noise import ReleaseSampler, normal_probability
-from bio_inspired_nanochat.kernels.terminal import activity, release_logit, terminal_bias, terminal_step
+from bio_inspired_nanochat.kernels.terminal import SHORTAGES, activity, release_logit, shortage, terminal_bias, terminal_step
 from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 WARPS = 4
@@ -122,6 +122,7 @@ def tick_function(spec: Spec) -> Callable[..., list[Tensor]]:
             probability = torch.where(chosen > 0.5, normal_probability(logit, eps, spec.sampler.count), torch.sigmoid(logit))
         ahead, freed = terminal_step(state, drive, p, probability)
         made = {"bias": lambda: terminal_bias(state, p), "activity": lambda: activity(state, p), "released": lambda: freed}
+        made |= {name: lambda name=name, part=part: shortage(name, getattr(state, part)) for name, (part, _) in SHORTAGES.items()}
         outputs = [made[name]() if name in made else getattr(state, name) for name in spec.outputs]
         return [*outputs, *(getattr(ahead, name) for name in plain), *(ahead.ring.unbind(-1) if slots else ())]
 

@@ -1,8 +1,8 @@
 """The walk over the ticks as the fused layer needs it (its other site: `kernels.presyn_kernels`).
 
 Terminals start at rest; the barrier, the sum of two float32 [2, B, H, T], joins the bias; bias and gradient of the drive are
-written as planes. With lateral inhibition (outputs bias and activity) the activities are written too, and their gradients read, for
-`kernels.lateral_triton`. Small sets of parts take several ticks a turn: their states stay in registers, and the loads of a turn are
+written as planes. With lateral inhibition (output activity) the activities are written too, and their gradients read, for
+`kernels.lateral_triton`; of outputs in `SHORTAGES` the sums leave the kernel. Small sets of parts take several ticks a turn: their states stay in registers, and the loads of a turn are
 under way while the one before it is computed. Blocks of keys that are all born are walked without masks. Where a sequence will
 go on (FINAL), the forward also gives the states at the start of tick `closed` and their bias without the barrier.
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from bio_inspired_nanochat.kernels import codegen
 from bio_inspired_nanochat.kernels.presyn_codegen import Tick, indented, partial_sums, random_arguments
+from bio_inspired_nanochat.kernels.terminal import SHORTAGES
 from bio_inspired_nanochat.kernels.types import FULL_AT_REST
 
 BARRIER = """\
@@ -55,6 +56,10 @@ class _Access(NamedTuple):
         mask = f", mask=live & (still + n + {u} < ticks)" if self.masked else ""
         return f"tl.store({name}_at + n * keys + {u} * keys, {value}{mask})"
 
+    def real(self, value: str, u: int) -> str:
+        """A value of tick n + u, 0 where that tick or the key does not exist."""
+        return f"tl.where(live & (still + n + {u} < ticks), {value}, 0.0)" if self.masked else value
+
     def barrier(self, u: int, lines: list[str]) -> list[str]:
         """Lines that know, as `near`, what the barrier costs between a key and tick n + u, where there is one."""
         place = f"n * {self.tick} + {u * self.tick}"
@@ -64,8 +69,9 @@ class _Access(NamedTuple):
 
 
 def _cotangents(tick: Tick) -> dict[str, str]:
-    """Where the gradients of a tick's outputs come from, and their names."""
-    return dict(zip(("gbeta", "gactivity"), (f"c{i}" for i in range(len(tick.out))), strict=False))
+    """Where the gradients of those outputs come from that every tick and key has, and their names."""
+    sources = {"bias": "gbeta", "activity": "gactivity"}
+    return {sources[name]: f"c{i}" for i, name in enumerate(tick.spec.outputs) if name in sources}
 
 
 def _read_back(tick: Tick, access: _Access) -> list[str]:
@@ -87,7 +93,8 @@ def _forward_tick(tick: Tick, access: _Access, u: int) -> list[str]:
         f"    fbias = tl.where(n + {u} == closed, total, fbias)",
         *access.barrier(u, ["total += strength * near"]),
         access.store("total * inverse", "P", u),
-        *(access.plain("activity", value, u) for value in tick.out[1:]),
+        *(access.plain(name, value, u) for name, value in zip(tick.spec.outputs, tick.out, strict=True) if name == "activity"),
+        *(f"m_{name} += {access.real(value, u)}" for name, value in zip(tick.spec.outputs, tick.out, strict=True) if name in SHORTAGES),
         *tick.advance,
     ]
 
@@ -99,6 +106,7 @@ def _replay(tick: Tick, u: int) -> list[str]:
 def _backward_tick(tick: Tick, access: _Access, u: int) -> list[str]:
     return [
         *(f"{name} = {name}_{u}" for name in _cotangents(tick).values()),
+        *(f"c{i} = {access.real(f'g_{name}', u)}" for i, name in enumerate(tick.spec.outputs) if name in SHORTAGES),
         f"drive = i{u} * {1 / tick.spec.tick!r}",
         *access.barrier(u, ["gmine += c0", "gstrength += c0 * near"]),
         *tick.noise(f"(n + {u})"),
@@ -210,7 +218,7 @@ def layer_lines(tick: Tick) -> list[str]:
     """The source of both passes."""
     spec, states = tick.spec, len(tick.spec.states)
     gradients = list(_cotangents(tick))
-    extra = ["activity"] * (len(gradients) - 1)
+    extra, low = ["activity"] * (len(gradients) - 1), [name for name in spec.outputs if name in SHORTAGES]
 
     def head(planes: str, *read: str) -> list[str]:
         return [
@@ -234,7 +242,12 @@ def layer_lines(tick: Tick) -> list[str]:
         "    edge = parts",
         *(f"    f{i} = s{i}" for i in range(states)),
         "    fbias = tl.zeros([BLOCK], tl.float32)",
+        *(f"m_{name} = tl.zeros([BLOCK], tl.float32)" for name in low),
         *ahead(tick),
+        *(
+            f"tl.store(low_ptr + ({i} * pairs + row) * tl.num_programs(1) + tl.program_id(1), tl.sum(m_{name}, 0))"
+            for i, name in enumerate(low)
+        ),
         "if FINAL:",
         *(f"    tl.store(final_ptr + ({i} * pairs + row) * keys + offset, f{i}, mask=live)" for i in range(states)),
         f"    tl.store(final_ptr + ({states} * pairs + row) * keys + offset, fbias, mask=live)",
@@ -242,6 +255,7 @@ def layer_lines(tick: Tick) -> list[str]:
     backward = [
         *head("1", "drive", *gradients),
         *(f"{name} = tl.zeros([BLOCK], tl.float32)" for name in ("gmine", "gstrength")),
+        *(f"g_{name} = tl.load(glow_ptr + {i})" for i, name in enumerate(low)),
         *(f"g{i} = tl.zeros([BLOCK], tl.float32)" for i in range(states)),
         *(f"p{i} = tl.zeros([BLOCK], tl.float32)" for i in range(tick.derived)),
         *back(tick),
@@ -254,13 +268,13 @@ def layer_lines(tick: Tick) -> list[str]:
     return [
         *codegen.kernel_text(
             "forward",
-            f"drive_ptr, constant_ptr, {_pointers('plane', *extra)}, check_ptr, final_ptr, barrier_ptr, strength_ptr, inverse, closed, {common}, "
+            f"drive_ptr, constant_ptr, {_pointers('plane', *extra, *(['low'] if low else []))}, check_ptr, final_ptr, barrier_ptr, strength_ptr, inverse, closed, {common}, "
             "P: tl.constexpr, CHECK: tl.constexpr, FINAL: tl.constexpr, BLOCK: tl.constexpr",
             forward,
         ),
         *codegen.kernel_text(
             "backward",
-            f"drive_ptr, constant_ptr, check_ptr, scratch_ptr, {_pointers(*gradients, 'plane')}, barrier_ptr, strength_ptr, gbarrier_ptr, gstrength_ptr, "
+            f"drive_ptr, constant_ptr, check_ptr, scratch_ptr, {_pointers(*gradients, *(['glow'] if low else []), 'plane')}, barrier_ptr, strength_ptr, gbarrier_ptr, gstrength_ptr, "
             f"gh_ptr, {common}, BLOCK: tl.constexpr",
             backward,
         ),

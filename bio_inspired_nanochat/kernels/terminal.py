@@ -181,6 +181,15 @@ def docking_rate(state: PresynState, p: PresynParams) -> Tensor:
     return state.reserve * p.reserve_size * -torch.expm1(-p.tick * rate / p.reserve_size) / p.tick + TINY
 
 
+# What a terminal lacks below a threshold, by the part of the state that is low, and the threshold.
+SHORTAGES = {"low_pool": ("vesicles", 0.25), "low_energy": ("energy", 0.5)}
+
+
+def shortage(name: str, part: Tensor) -> Tensor:
+    """How far a part of the state lies below the threshold of `SHORTAGES`, at least 0, elementwise. Equation (P24)."""
+    return torch.clamp(SHORTAGES[name][1] - part, min=0.0)
+
+
 def terminal_step(state: PresynState, drive: Tensor, p: PresynParams, probability: Tensor | None = None) -> tuple[PresynState, Tensor]:
     """Advance every terminal by one tick under a mean drive I = `drive` >= 0. Equations (P6) and (P8).
 

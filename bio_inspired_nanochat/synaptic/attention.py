@@ -92,13 +92,14 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
         """Why one operator cannot serve the whole layer, or None."""
         if params is None:
             return "it has no presynaptic terminals"
-        if extras.record is not None:
-            return "telemetry and auxiliary losses read the terminals tick by tick"
+        if extras.record is not None and not extras.brief:
+            return "telemetry reads the terminals tick by tick"
         return fused_obstacle(q, theta, params, extras.noise)
 
     def _fused(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, params: PresynParams, extras: Extras) -> Tensor:
         cost = None if self.cfg.barrier == "none" else self.synapse.barrier_cost(x)
-        return fused_attention(q, k, v, theta, params, self.scale, self._largest, **self._options(cost, extras.doc, extras.noise))
+        options = self._options(cost, extras.doc, extras.noise)
+        return fused_attention(q, k, v, theta, params, self.scale, self._largest, record=extras.record, **options)
 
     @property
     def _largest(self) -> float:

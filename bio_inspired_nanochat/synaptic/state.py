@@ -134,12 +134,13 @@ class Extras:
     """What a pass over whole sequences hands to a layer beside its input.
 
     doc: [B, T] document id per position, or None; noise: this layer's draws of stochastic release, or None;
-    record: a dictionary for the layer to fill with the course of its terminals, or None; routing: a list that gets what the layer's
+    record: a dictionary for the layer to fill with the course of its terminals, or None (brief: what `kernels.SHORTAGES` are on average
+    will do); routing: a list that gets what the layer's
     experts did, a `synaptic.moe.Routing`, or None; probe: instruments of the experts, a `synaptic.moe.Probe`, or None.
     """
 
     # A plain class and not a tuple: FSDP rebuilds the containers among a layer's arguments, and what is written into them would be lost.
-    __slots__ = ("doc", "noise", "probe", "record", "routing")
+    __slots__ = ("brief", "doc", "noise", "probe", "record", "routing")
 
     def __init__(
         self,
@@ -148,8 +149,9 @@ class Extras:
         record: dict[str, Tensor] | None = None,
         routing: list[Any] | None = None,
         probe: Any = None,
+        brief: bool = False,
     ) -> None:
-        self.doc, self.noise, self.record, self.routing, self.probe = doc, noise, record, routing, probe
+        self.doc, self.noise, self.record, self.routing, self.probe, self.brief = doc, noise, record, routing, probe, brief
 
 
 class Arrival(Protocol):

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bio_inspired_nanochat.kernels import SHORTAGES, shortage
 from bio_inspired_nanochat.synaptic.state import SynapseState
 
 BINS = 20
 # Range of the histogram of each quantity; what lies outside counts in the outermost bin.
 RANGES = {"calcium": (0.0, 5.0), "bias": (-8.0, 8.0), "bias_abs": (0.0, 8.0)}
-LOW_ENERGY, LOW_POOL = 0.5, 0.25
 
 
 class LayerTelemetry(NamedTuple):
@@ -70,14 +70,13 @@ def _histogram(values: Tensor, born: Tensor, low: float, high: float) -> Tensor:
 
 def auxiliary_loss(record: dict[str, Tensor], energy_weight: float, pool_weight: float) -> Tensor:
     """Hinge losses of the background, weighted: mean of max(0, 1/2 - E) and of max(0, 1/4 - R) over all terminals and ticks, one
-    number. Equation (P24).
+    number, from the course of the terminals or from these means. Equation (P24).
     """
-    loss = record["vesicles"].new_zeros(())
-    if energy_weight and "energy" in record:
-        loss = loss + energy_weight * (LOW_ENERGY - record["energy"]).clamp(min=0).mean()
-    if pool_weight:
-        loss = loss + pool_weight * (LOW_POOL - record["vesicles"]).clamp(min=0).mean()
-    return loss
+    weights = {"low_energy": energy_weight, "low_pool": pool_weight}
+    lacking = {name: record[name] for name in weights if name in record}
+    if not lacking:
+        lacking = {name: shortage(name, record[part]).mean() for name, (part, _) in SHORTAGES.items() if part in record}
+    return torch.stack([weights[name] * mean for name, mean in lacking.items()]).sum()
 
 
 VITALS = ("calcium", "vesicles", "energy")

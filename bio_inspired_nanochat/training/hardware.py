@@ -150,10 +150,9 @@ def bytes_per_row(config: GPTConfig, dtype: torch.dtype) -> int:
 def _kept_by_terminals(config: GPTConfig, ticks: int, dtype: torch.dtype) -> int:
     """Bytes per (head, tick, key): drive, bias and states operator by operator; the fused layer keeps the drive, in short contexts.
 
-    Training runs in bfloat16 on GPUs alone, where the fused layer serves whatever is not read tick by tick.
+    Training runs in bfloat16 on GPUs alone, where the fused layer serves all terminals.
     """
-    cfg = config.syn_cfg
-    split = cfg.aux_energy or cfg.aux_pool or not cfg.presyn or config.backend not in ("auto", "fused")
+    split = not config.syn_cfg.presyn or config.backend not in ("auto", "fused")
     if dtype != torch.bfloat16 or split:
         return 8 * 4
     return 2 if ticks <= 4 * config.head_dim else 0

@@ -12,7 +12,7 @@ from bio_inspired_nanochat import kernels
 from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import PresynParams, PresynState, ReleaseNoise
-from bio_inspired_nanochat.synaptic import Presynaptic
+from bio_inspired_nanochat.synaptic import Presynaptic, auxiliary_loss
 from tests.contract import make_ids, make_model
 from tests.kernels.interpreter import run_interpreted
 
@@ -41,7 +41,7 @@ def run(
     """
     exact = execution in ("reference", "nudged")
     torch.manual_seed(0)
-    constants = {name: value for name, value in options.items() if name not in ("window", "docs")}
+    constants = {name: value for name, value in options.items() if name not in ("window", "docs", "aux")}
     cfg = dataclasses.replace(
         SynapticConfig.preset(preset),
         **{"tick": tick, "release_rate": 0.2, "alpha_ca": 0.3, "theta": 0.0, "lateral_strength": 0.0} | constants,
@@ -66,21 +66,26 @@ def run(
     doc = (torch.rand(batch, length) < 0.1).cumsum(1).to(device) if options.get("docs") else None
     where = {"window": options.get("window"), "doc": doc}
     noise = ReleaseNoise.of(torch.arange(batch, device=device), 5).at(3, 0) if params.sampler is not None else None
+    record = {} if options.get("aux") else None
     if execution == "fused":
         largest = 1.45 * dim**0.5 if bounded else None
-        y = kernels.fused_attention(q, k, v, theta, params, scale, largest, kind=kind, noise=noise, **gate, **where)
+        y = kernels.fused_attention(q, k, v, theta, params, scale, largest, kind=kind, noise=noise, record=record, **gate, **where)
     else:
         real, backend = (torch.float64, "reference") if exact else (torch.float32, "sdpa")
         params = PresynParams(*[value.to(real) if isinstance(value, torch.Tensor) else value for value in params])
         drive = kernels.tick_drive(q, k, theta.to(real), tick, scale, kind=kind, backend=backend, **where) / tick
-        beta, _ = kernels.presyn(drive, params, closed=length // tick, doc=doc, noise=noise, backend=backend)
+        beta, _ = kernels.presyn(drive, params, closed=length // tick, doc=doc, noise=noise, record=record, backend=backend)
         if barrier:
             first = torch.arange(0, length, tick, device=device)
             beta = beta + (strength.double()[:, None, None] * (total[:, :, None] - total[:, :, first][..., None])).to(real)
         y = kernels.tick_biased_attention(q, k, v, beta, tick, scale, backend=backend, **where)
     leaves = {"q": q, "k": k, "v": v, "cost": cost, "strength": strength, **dict(module.named_parameters())}
-    grads = torch.autograd.grad((y * weight.to(y)).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return {"y": y, **dict(zip(leaves, grads, strict=True))}
+    loss, extra = (y * weight.to(y)).sum(), {}
+    if record is not None:
+        extra["aux"] = auxiliary_loss(record, 0.7, 1.3)
+        loss = loss + 300 * extra["aux"]
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {"y": y, **extra, **dict(zip(leaves, grads, strict=True))}
 
 
 def compare(device, dtype, length, tick, dim, tolerance, **options):
@@ -123,6 +128,8 @@ OPTIONS = {
     "lateral": {"lateral_strength": 0.7, "lateral_window": 5},
     "lateral, documents": {"lateral_strength": -0.6, "lateral_window": 9, "docs": True, "window": 40},
     "all parts, lateral": {"preset": "full", "endo_delay": 20.0, "lateral_strength": 0.4},
+    "auxiliary losses": {"aux": True, "release_rate": 0.9},
+    "all parts, auxiliary losses": {"preset": "full", "endo_delay": 20.0, "lateral_strength": 0.4, "aux": True, "release_rate": 0.9},
 }
 
 
@@ -139,6 +146,9 @@ def interpreted():
     compare("cpu", torch.float32, 41, 4, 16, 1e-5, batch=1, kv_heads=1, **OPTIONS["lateral"])
     compare("cpu", torch.float32, 256, 32, 16, 1e-5, **OPTIONS["lateral"], **one)
     compare("cpu", torch.float32, 50, 4, 16, 2e-5, **OPTIONS["lateral, documents"], **one)
+    compare("cpu", torch.float32, 43, 8, 16, 2e-5, batch=1, kv_heads=1, **OPTIONS["auxiliary losses"])
+    compare("cpu", torch.float32, 256, 32, 16, 1e-5, **OPTIONS["auxiliary losses"], **one)
+    compare("cpu", torch.float32, 43, 8, 16, 2e-5, **OPTIONS["all parts, auxiliary losses"], **one)
     sizes = {"n_embd": 32, "n_head": 2, "n_kv_head": 1, "n_layer": 1}
     for synapses, overrides in (("default", {"window_pattern": "SL"}), ("bias_limit", {"doc_mask": True})):
         model, plain = (make_model(synapses, backend=backend, **sizes, **overrides) for backend in ("fused", "reference"))
@@ -219,13 +229,14 @@ def promised():
     p = p.params()
     names = list(presyn_codegen.states_of(PresynState.rest(1, 1, 1, params=p)))
     signatures = {
-        outputs: presyn_codegen.signature_of(p, names, list(outputs), False, "layer") for outputs in (("bias",), ("bias", "activity"))
+        outputs: presyn_codegen.signature_of(p, names, list(outputs), False, "layer")
+        for outputs in (("bias",), ("bias", "activity", "low_pool"))
     }
     for signature in signatures.values():
         presyn_kernels.kernels_for(signature)
     constants = torch.stack(list(presyn_codegen.constants_of(p).values())).detach().requires_grad_()
     theta = torch.zeros(2, requires_grad=True)
-    for kv_heads, gated, outputs in ((2, True, ("bias",)), (1, False, ("bias",)), (2, False, ("bias", "activity"))):
+    for kv_heads, gated, outputs in ((2, True, ("bias",)), (1, False, ("bias",)), (2, False, ("bias", "activity", "low_pool"))):
         q, k = (torch.randn(1, heads, 20, 16, requires_grad=True) for heads in (2, kv_heads))
         v = torch.randn(1, 20, kv_heads, 16).transpose(1, 2).requires_grad_()  # as the projections leave it
         gate = (torch.rand(1, 2, 20, requires_grad=True), torch.ones(2, requires_grad=True)) if gated else (None, None)
@@ -237,12 +248,13 @@ def promised():
 
 def unbroken():
     """A whole model with fused layers is one graph for the compiler, with the same gradients."""
-    model, ids = make_model("default", backend="fused", n_embd=32, n_head=2, n_kv_head=2, n_layer=1), make_ids(batch=1, length=16)
-    want = torch.autograd.grad(model(ids, ids.roll(-1, 1)), list(model.parameters()))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(ids, ids.roll(-1, 1)), list(model.parameters()))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+    for synapses in ("default", "aux_pool_loss"):
+        model, ids = make_model(synapses, backend="fused", n_embd=32, n_head=2, n_kv_head=2, n_layer=1), make_ids(batch=1, length=16)
+        want = torch.autograd.grad(model(ids, ids.roll(-1, 1)), list(model.parameters()))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(ids, ids.roll(-1, 1)), list(model.parameters()))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_kernels_read_nothing_that_was_not_written_and_keep_their_promises_to_the_compiler():
@@ -267,7 +279,7 @@ def served_by(synapses: str, **options) -> list[str]:
 
 def chosen():
     assert served_by("default") == ["fused_attention"]
-    assert served_by("lateral") == ["fused_attention"]
+    assert served_by("lateral") == served_by("aux_pool_loss", targets=make_ids(batch=1, length=16)) == ["fused_attention"]
     split = served_by("default", telemetry=True)  # which reads every tick
     assert "fused_attention" not in split and {"tick_drive", "presyn", "tick_biased_attention"} <= set(split)
 

@@ -145,8 +145,8 @@ def test_long_contexts_fit_where_the_fused_layer_keeps_nothing():
     sizes = {"sequence_len": 8192, "vocab_size": 8192, "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768}
     ticks = SynapticConfig(tick=8)
     vanilla, fused, split = (
-        bytes_per_row(GPTConfig(**sizes, synapses=synapses, syn_cfg=cfg), torch.bfloat16)
-        for synapses, cfg in ((False, ticks), (True, ticks), (True, SynapticConfig(tick=8, aux_pool=0.1)))
+        bytes_per_row(GPTConfig(**sizes, synapses=synapses, syn_cfg=ticks, backend=backend), torch.bfloat16)
+        for synapses, backend in ((False, "auto"), (True, "auto"), (True, "triton"))
     )
     assert fused == vanilla and split > 10 * vanilla
     shorter = {**sizes, "sequence_len": 2048}
