@@ -93,6 +93,25 @@ def test_a_memory_is_used_kept_forgotten_and_restored(server):
     assert said("mine") == taught
 
 
+@pytest.mark.parametrize("change", ["forget", "replace"])
+def test_an_answer_that_ends_later_does_not_bring_a_forgotten_memory_back(server, change):
+    path = f"/v1/x_synapse/memories/{change}"
+    server.ask(x_synapse={"memory": change})
+    file = server.client.get(f"{path}/file").content
+    body = {"messages": [{"role": "user", "content": "the king"}], "max_tokens": 300, "stream": True, "x_synapse": {"memory": change}}
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        said = (line for line in response.iter_lines() if line.startswith("data:"))
+        for _ in range(3):
+            next(said)
+        if change == "forget":
+            assert server.client.delete(path).status_code == 200
+        else:
+            assert server.client.put(f"{path}/file", content=file).status_code == 200
+        list(said)
+    assert server.client.get(path).json()["turns"] == 0
+    assert change == "forget" or server.client.get(f"{path}/file").content == file
+
+
 def test_turns_of_one_conversation_start_where_it_began(server):
     def said(conversation: str) -> str:
         extension = {"memory": "turns", "conversation": conversation}
