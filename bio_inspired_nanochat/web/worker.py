@@ -120,8 +120,9 @@ class Worker:
             if self._stopping:
                 raise Stopped
             if len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
-                for kept in [other for other in self._waiting if other.cancelled]:
-                    self._waiting.remove(kept)
+                for left in [other for other in self._waiting if other.cancelled]:
+                    self._waiting.remove(left)
+                    left.tell(Event("end"))  # its request waits for that, although its client has gone
                 if len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
                     raise Full
             self._waiting.append(job)

@@ -47,6 +47,25 @@ def test_a_full_queue_says_when_to_come_back():
         assert small.idle() and small.ask().status_code == 200
 
 
+def test_who_left_the_full_queue_makes_room_and_leaves_nothing_behind():
+    async def leave_and_come() -> int:
+        async with httpx2.AsyncClient(base_url=small.url, timeout=60) as client:
+            first, left = (asyncio.create_task(client.post("/v1/chat/completions", json=body(0, max_tokens=400))) for _ in range(2))
+            while small.worker.busy() != {"active": 1, "waiting": 1}:
+                await asyncio.sleep(0.01)
+            job = small.worker._waiting[0]
+            left.cancel()
+            while not job.cancelled:
+                await asyncio.sleep(0.01)
+            status = (await client.post("/v1/chat/completions", json=body(0))).status_code
+            await first
+            return status
+
+    with serving(max_active=1, max_waiting=1) as small:
+        assert asyncio.run(asyncio.wait_for(leave_and_come(), 30)) == 200
+        assert small.idle() and small.requests() == 0
+
+
 def test_clients_take_turns(server):
     """A short question behind long answers does not wait for them."""
 
