@@ -1,6 +1,7 @@
 """The API: OpenAI's format, memories, and clear refusals."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -9,7 +10,7 @@ import pytest
 
 from bio_inspired_nanochat.engine import Sampling, generate, stop_ids
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.web import WebConfig
+from bio_inspired_nanochat.web import WebConfig, make_app
 from tests.engine.speakers import speaker, tokenizer
 from tests.web.conftest import serving, tiny
 
@@ -244,6 +245,17 @@ def test_conversations_are_written_down_only_when_asked(tmp_path, capfd):
     with serving() as running:
         running.ask("another secret")
     assert "secret" not in "".join(capfd.readouterr())
+
+
+def test_a_log_that_cannot_be_written_is_refused_at_the_start_and_later_costs_no_answer(tmp_path, capfd):
+    with pytest.raises(UserError, match="log_conversations"):
+        make_app(WebConfig(log_conversations=str(tmp_path / "none" / "log.jsonl")), tiny)
+    (folder := tmp_path / "logs").mkdir()
+    with serving(log_conversations=str(folder / "log.jsonl")) as running:
+        shutil.rmtree(folder)
+        assert running.ask().status_code == 200
+        assert running.ask(stream=True).text.endswith("data: [DONE]\n\n")
+    assert "was not written" in capfd.readouterr().out
 
 
 def test_the_flags_are_checked():
