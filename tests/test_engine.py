@@ -1,5 +1,7 @@
 """Generation: what a row says depends on its prompt and its seed, and on nothing else."""
 
+import math
+
 import pytest
 import torch
 
@@ -136,9 +138,12 @@ def test_ties_go_to_the_smaller_id():
     assert next_tokens(torch.zeros(1, 5), Sampling(temperature=0.0), [0.9]) == [0]
 
 
-def test_logits_that_are_not_finite_are_an_error():
-    with pytest.raises(UserError, match="not finite"):
-        next_tokens(torch.full((1, 5), float("nan")), Sampling(), [0.5])
+@pytest.mark.parametrize("row", [[math.nan] * 3, [0.0, math.nan, -math.inf], [1.0, math.inf, 0.0], [-math.inf] * 3])
+def test_logits_that_are_not_finite_are_an_error(row):
+    for temperature in (0.0, 0.8):
+        with pytest.raises(UserError, match="not finite"):
+            next_tokens(torch.tensor([[0.0, 1.0, 2.0], row]), Sampling(temperature), [0.5, 0.5])
+    assert next_tokens(torch.tensor([[-math.inf, 1.0, -math.inf]]), Sampling(), [0.999]) == [1], "a token may be impossible"
 
 
 def test_generation_follows_documents_when_they_are_kept_apart():

@@ -101,7 +101,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -
     the same token on every device. Ties are ordered by token id. Raises UserError for logits that are not finite.
     """
     logits = logits.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(logits).any(dim=-1).all()) or bool(torch.isnan(logits).any()):
+    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):  # NaN anywhere in a row is its maximum
         raise UserError("the model's logits are not finite: the checkpoint is damaged or its training diverged")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()

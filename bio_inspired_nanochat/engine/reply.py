@@ -252,8 +252,10 @@ class Reply:
     def _piece(self, answer: _Answer, token: int, spread: float | None) -> Piece:
         name = self._names.get(token)
         if name is not None:
+            before = answer.tool
+            rest = answer.decoder.flush()  # half a character before the token is no part of what comes behind it
             self._tool(answer, name)
-            return Piece(answer.index, token, "", answer.tool)
+            return Piece(answer.index, token, rest if before else answer.visible.push(rest), before if rest else answer.tool)
         if answer.tool:
             if answer.call is not None:
                 answer.call.append(token)
@@ -280,7 +282,7 @@ class Reply:
         rest = []
         for answer in answers:
             self.finish[answer.index] = reason
-            tail = answer.decoder.flush()
+            tail = answer.decoder.flush() if not answer.tool else ""
             text = "" if answer.visible.stopped else answer.visible.push(tail) + answer.visible.flush()
             if text:
                 rest.append(Piece(answer.index, -1, text))
