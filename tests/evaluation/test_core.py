@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -109,6 +110,12 @@ def test_tied_options_share_the_point() -> None:
     assert [core.judged(scores(1, 1, 2), gold) for gold in range(3)] == [0.5, 0.5, 0]
     assert [core.judged(scores(3, 2), gold) for gold in range(2)] == [0, 1]
     assert core.judged([PartScore(torch.ones(2), torch.tensor([True, False]))], None) == 0
+
+
+@pytest.mark.parametrize("gold", [0, 1, None])
+def test_a_model_without_finite_losses_has_no_accuracy(gold: int | None) -> None:
+    parts = [PartScore(torch.tensor([loss]).double(), torch.tensor([True])) for loss in (math.nan, 1.0)]
+    assert math.isnan(core.judged(parts, gold)) and math.isnan(core.judged(parts[::-1], gold))
 
 
 def test_prompts_show_solved_examples_and_judge_the_answer_alone(tmp_path: Path) -> None:
