@@ -119,7 +119,17 @@ def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> UserError:
 
 def _text_file(path: Path, column: str, tally: Tally) -> Iterator[Iterator[str]]:
     """The whole file as one document, in pieces."""
-    yield (text.replace("\r\n", "\n") for _, text in _lines(path))
+    yield _unix_ends(text for _, text in _lines(path))
+
+
+def _unix_ends(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces with line ends of one character; those of two may be cut between pieces."""
+    held = ""
+    for piece in pieces:
+        piece = held + piece
+        held = "\r" if piece.endswith("\r") else ""
+        yield piece.removesuffix("\r").replace("\r\n", "\n")
+    yield held
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -163,6 +173,8 @@ def _json_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:
             yield from _jsonl_file(path, column, tally)
             return
         raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}): an array of objects is expected") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): an array of objects is expected") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: an array of objects is expected") from None
     records = content if isinstance(content, list) else [content]

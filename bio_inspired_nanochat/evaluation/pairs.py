@@ -24,7 +24,7 @@ TIE = 1e-9
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of each line that is not empty. Raises UserError for what is no JSON object, and for files that cannot be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
