@@ -38,7 +38,7 @@ def damaged_file(what: object, fix: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:160]}): {fix}") from None
 
 

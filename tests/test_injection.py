@@ -384,6 +384,11 @@ def test_a_damaged_file_is_one_line(tmp_path, capsys):
     for broken in (b"", b"hello", data[:1000], data[: len(data) // 2], rng.randbytes(500)):
         model.write_bytes(broken)
         assert "is damaged" in complaint(capsys, *words)
+    model.write_bytes(data)
+    whole = meta.read_bytes()
+    meta.write_bytes(b"[" * 100_000)
+    assert "is damaged" in complaint(capsys, *words)
+    meta.write_bytes(whole)
     for _ in range(40):
         at = rng.randrange(3000)
         model.write_bytes(data[:at] + rng.randbytes(20) + data[at + 20 :])

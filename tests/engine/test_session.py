@@ -280,6 +280,9 @@ def test_memory_survives_in_a_file(tmp_path):
         ChatSession(speaker("vanilla")).save(tmp_path / "x")
 
 
+DEEP = ("deep.json", "cannot be read")
+
+
 def test_a_conversation_survives_in_a_file(tmp_path):
     session = ChatSession(speaker())
     say(session, "the king")
@@ -290,8 +293,14 @@ def test_a_conversation_survives_in_a_file(tmp_path):
     other.load(tmp_path / "talk.json")
     assert other.messages == session.messages
     assert len(say(other, "the bird")) > 0
+    say(other, "ü\udcff")  # a byte that a terminal's encoding does not have
+    other.save(tmp_path / "talk.json")
+    assert "ü" in (tmp_path / "talk.json").read_text()
+    session.load(tmp_path / "talk.json")
+    assert session.messages == other.messages
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "bad.json").write_text('{"messages": 3}')
-    for name, said in (("bad.json", "not a saved conversation"), ("none.json", "cannot be read"), ("none", "cannot be read")):
+    for name, said in (("bad.json", "not a saved conversation"), ("none.json", "cannot be read"), ("none", "cannot be read"), DEEP):
         with pytest.raises(UserError, match=said):
             session.load(tmp_path / name)
 
