@@ -264,7 +264,12 @@ def test_a_log_that_cannot_be_written_is_refused_at_the_start_and_later_costs_no
 
 
 def test_the_flags_are_checked():
-    for flags, said in (({"host": "0.0.0.0"}, "add --api_key"), ({"api_key": "a b"}, "printable"), ({"port": 70000}, "port")):
+    for flags, said in (
+        ({"host": "0.0.0.0"}, "add --api_key"),
+        ({"api_key": "a b"}, "printable"),
+        ({"api_key": ""}, "is empty"),
+        ({"port": 70000}, "port"),
+    ):
         with pytest.raises(UserError, match=said):
             WebConfig(**flags)
     assert WebConfig(host="::1") and WebConfig(host="0.0.0.0", api_key="k")
