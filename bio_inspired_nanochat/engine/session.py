@@ -107,7 +107,7 @@ class ChatSession:
     def _answered(self, turn: Turn, reply: Reply | None) -> None:
         self.messages.append(Message("assistant", turn.text))
         self._state, self._tail = None, []
-        if reply is not None and reply.state is not None and not reply._options.samples and reply._read == len(reply._prompt):
+        if reply is not None and reply.state is not None and not reply._options.samples and reply.begun:
             self._state = reply.state
             self._tail = [*reply.unread, *turn_end(self._tokenizer, self.style)]
 

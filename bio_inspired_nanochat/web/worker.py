@@ -194,5 +194,5 @@ class Worker:
 
     def _remember(self, job: Job, reply: Reply) -> None:
         assert self.memories is not None
-        if job.memory and job.begun is not None and reply.state is not None:
+        if job.memory and job.begun is not None and reply.state is not None and reply.begun:
             self.memories.keep(job.memory, reply.state.engram().select(0), job.begun)

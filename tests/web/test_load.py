@@ -3,14 +3,19 @@
 import asyncio
 import json
 import time
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bio_inspired_nanochat.engine import ReplyOptions
+from bio_inspired_nanochat.engine.reply import PREFILL
+from bio_inspired_nanochat.web.memory import MemoryStore
 from bio_inspired_nanochat.web.schema import ChatRequest
-from tests.web.conftest import serving
+from bio_inspired_nanochat.web.worker import Job, Worker
+from tests.web.conftest import serving, tiny
 
 SYNAPSE = {"return_tokens": True}
 
@@ -126,6 +131,21 @@ def test_whoever_leaves_frees_the_worker(server, stream):
                 server.client.post("/v1/chat/completions", json=body(1, max_tokens=400), timeout=0.2)
         assert server.idle(2.0)
     assert made[-1].reply.finish == ["cancelled"] and made[-1].reply.made[0] < 400
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_half_a_question_leaves_nothing_in_a_memory(steps):
+    """A client that leaves while its prompt is read, and one that leaves during the answer."""
+    worker = Worker(tiny, 1, 1, 1)
+    worker.loaded = tiny()
+    worker.memories = MemoryStore(worker.loaded.model, 1)
+    nobody = SimpleNamespace(call_soon_threadsafe=lambda *_: None)
+    job = Job([5] * (PREFILL + 9), ReplyOptions(max_tokens=9), memory="m", loop=nobody)
+    assert all(worker._step(job) for _ in range(steps))
+    job.cancel()
+    while worker._step(job):
+        pass
+    assert worker.memories.describe("m")["turns"] == (steps == 3)
 
 
 def test_cancelled_and_new_requests_mix(server):
