@@ -185,12 +185,20 @@ def _json_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:
 def _csv_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:
     csv.field_size_limit(_RECORD_CHARS)
     separator = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
-    reader = csv.DictReader((line for _, line in _whole_lines(path)), delimiter=separator)
+    taken: list[str] = []  # lines of the record that is being read
+    last: list[str] = []  # and those of the one before
+    reader = csv.DictReader((taken.append(line) or line for _, line in _whole_lines(path)), delimiter=separator)
     try:
         for record in reader:
+            last, taken[:] = list(taken), []
             yield from _field(f"{path} line {reader.line_num}", record, column, tally)
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error}): quote the text, or convert the file to .jsonl") from None
+    if list(csv.reader([*last, "end"], delimiter=separator))[-1] != ["end"]:
+        raise UserError(
+            f"{path} line {reader.line_num - len(last) + 1} begins a text in quotes that does not end, so all that follows would be part "
+            "of it: close it, or double a quote that is meant as one"
+        )
 
 
 def _parquet_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:

@@ -167,6 +167,13 @@ def test_line_ends_of_two_characters_are_found_wherever_a_long_line_is_cut(
     assert found == "a" * length + "\nb\r\rc\n\nd"
 
 
+def test_quotes_inside_and_lines_within_quotes_of_a_table_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,5" pipe\n\n2,"said ""x"""\n3,"two\nlines"')
+    assert list(read_documents(tmp_path / "a.csv", "text", 1000, Tally())) == ['5" pipe', 'said "x"', "two\nlines"]
+    (tmp_path / "b.csv").write_text("id,text\n")
+    assert list(read_documents(tmp_path / "b.csv", "text", 1000, Tally())) == []
+
+
 def test_lone_surrogates_in_json_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}\n"plain string"\n')
     _, texts = _prepare(tmp_path / "a.jsonl", tmp_path / "out")
@@ -188,6 +195,8 @@ def test_lone_surrogates_in_json_are_replaced(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]", r"a\.json is not JSON"),
         ("a.json", b'[{"body": "a"}]', r"a\.json record 0 has no column 'text'.*body"),
         ("a.csv", b"id,body\n1,a\n", r"a\.csv line 2 has no column 'text'.*id, body"),
+        ("a.csv", b'id,text\n1,a\n2,"open\n3,c\n4,d', r"a\.csv line 3 begins a text in quotes"),
+        ("a.tsv", b'id\ttext\n1\ta\n2\t"open\n', r"a\.tsv line 3 begins a text in quotes"),
         ("a.parquet", b"junk", r"a\.parquet is not a readable parquet file"),
         ("a.txt.gz", b"junk", r"a\.txt\.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], r"a\.txt\.gz is not a whole gzip file"),
