@@ -358,7 +358,7 @@ class _BadManifest(Exception):
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-    except ValueError:  # also what is no UTF-8
+    except (ValueError, RecursionError):  # also what is no UTF-8
         raise _BadManifest("is not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _BadManifest(f"is not of format {FORMAT}")
@@ -441,7 +441,7 @@ def _dump(tree: Any) -> bytes:
 
 
 def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and name == Path(name).name and not name.startswith(".")
+    return name not in ("", ".", "..") and name == Path(name).name and not name.startswith(".") and "\0" not in name
 
 
 def _listed(steps: Iterable[int]) -> str:

@@ -17,6 +17,14 @@ class UserError(ValueError):
     """A wrong input. The message is one line: the value, the bound, the fix."""
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def harmless(text: str) -> str:
+    """Control characters as escapes: the name of a file or the answer of a server must not command the terminal that shows it."""
+    return text.translate(_CONTROLS)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A suffix like ` (did you mean 'depth'?)` for a mistyped `name`, or an empty string when nothing is close."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
@@ -30,7 +38,7 @@ def damaged_file(what: object, fix: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{what} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:160]}): {fix}") from None
 
 
@@ -40,5 +48,5 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + harmless(" ".join(str(error).split())), file=sys.stderr)
         raise SystemExit(2) from None

@@ -8,6 +8,7 @@ The source is a checkpoint of this project or one of upstream nanochat (see `nan
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,8 +135,8 @@ def _read(config: EnableConfig) -> Source:
         )
     if not config.synapses:
         raise UserError(f"{checkpoint.path} is of this project: --synapses=0 would only copy it; leave the flag out")
-    own = {MANIFEST, MODEL, META}
-    names = [entry.name for entry in checkpoint.path.iterdir() if entry.name not in own and not entry.name.startswith("optim_rank")]
+    kept = json.loads((checkpoint.path / MANIFEST).read_bytes())["files"]  # not what else lies in the folder
+    names = [name for name in kept if name not in (MODEL, META) and not name.startswith("optim_rank")]
     files = {name: (checkpoint.path / name).read_bytes() for name in names}
     optimizer = load_optimizer(checkpoint.path) if (checkpoint.path / "optim_rank0.json").exists() and "loop" in checkpoint.meta else None
     return Source(

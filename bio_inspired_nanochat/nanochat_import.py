@@ -151,7 +151,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): a checkpoint of nanochat needs it beside its model") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON") from None
     if not isinstance(meta, dict):
         raise UserError(f"{path} is damaged: it holds no named values")

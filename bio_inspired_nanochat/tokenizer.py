@@ -100,7 +100,7 @@ class Tokenizer:
             raise UserError(f"tokenizer {path} does not exist: train one with python -m scripts.tok_train") from None
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"tokenizer {path} is not a JSON file: it is damaged or of another program; train it again") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise UserError(

@@ -215,6 +215,8 @@ DAMAGE = [
     ("manifest.json", Path.unlink, "manifest.json is missing"),
     ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:40]), "manifest.json is not JSON"),
     ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
+    ("manifest.json", lambda path: path.write_text("[" * 100_000), "manifest.json is not JSON"),
+    ("manifest.json", lambda path: path.write_text(path.read_text().replace("tokenizer.json", "x\\u0000")), "bad entry"),
     ("manifest.json", lambda path: path.write_text("[]"), "manifest.json is not of format 1"),
     ("manifest.json", lambda path: path.write_text('{"format": 1}'), "manifest.json does not describe"),
     ("manifest.json", lambda path: path.write_text(path.read_text().replace("tokenizer.json", "../x")), "bad entry '../x'"),

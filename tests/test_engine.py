@@ -1,11 +1,16 @@
 """Generation: what a row says depends on its prompt and its seed, and on nothing else."""
 
+import math
+
 import pytest
 import torch
 
-from bio_inspired_nanochat.engine import Sampling, generate, generate_batch, next_tokens
+from bio_inspired_nanochat.checkpoint import save_checkpoint
+from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.engine import Sampling, generate, generate_batch, load, next_tokens
 from bio_inspired_nanochat.errors import UserError
 from tests.contract import make_model
+from tests.engine.speakers import tokenizer
 
 KINDS = ["vanilla", "default"]
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9], [11, 12, 13]]
@@ -136,12 +141,26 @@ def test_ties_go_to_the_smaller_id():
     assert next_tokens(torch.zeros(1, 5), Sampling(temperature=0.0), [0.9]) == [0]
 
 
-def test_logits_that_are_not_finite_are_an_error():
-    with pytest.raises(UserError, match="not finite"):
-        next_tokens(torch.full((1, 5), float("nan")), Sampling(), [0.5])
+@pytest.mark.parametrize("row", [[math.nan] * 3, [0.0, math.nan, -math.inf], [1.0, math.inf, 0.0], [-math.inf] * 3])
+def test_logits_that_are_not_finite_are_an_error(row):
+    for temperature in (0.0, 0.8):
+        with pytest.raises(UserError, match="not finite"):
+            next_tokens(torch.tensor([[0.0, 1.0, 2.0], row]), Sampling(temperature), [0.5, 0.5])
+    assert next_tokens(torch.tensor([[-math.inf, 1.0, -math.inf]]), Sampling(), [0.999]) == [1], "a token may be impossible"
 
 
 def test_generation_follows_documents_when_they_are_kept_apart():
     model = make_model("default", doc_mask=True)
     prompt = [0, 5, 6, 0, 7]
     assert list(generate(model, prompt, 10, temperature=0)) == greedy(model, prompt, 10)
+
+
+def test_a_checkpoint_with_the_tokenizer_of_a_larger_model_is_refused(tmp_path):
+    """Its ids would be read beyond the end of the table of embeddings."""
+    for size in (tokenizer().vocab_size, 50):
+        model = make_model("vanilla", vocab_size=size, bos_token_id=0)
+        files = {"tokenizer.json": tokenizer().to_json().encode()}
+        save_checkpoint(tmp_path, size, dict(model.state_dict()), {"model_config": to_dict(model.config)}, files=files)
+    assert load(tmp_path / f"step_{tokenizer().vocab_size:06d}", torch.device("cpu")).tokenizer.sha256 == tokenizer().sha256
+    with pytest.raises(UserError, match="another model's"):
+        load(tmp_path / "step_000050", torch.device("cpu"))

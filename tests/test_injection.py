@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,15 @@ def test_a_checkpoint_keeps_weights_tokenizer_and_metadata(trained, tmp_path):
     added = [value for name, value in new.model.items() if name not in old.model]
     assert record["added_params"] == sum(value.numel() for value in added) > 0
     assert record["params"] == sum(value.numel() for value in new.model.values()) and record["max_logit_difference"] <= 1e-5
+
+
+def test_what_else_lies_in_the_folder_of_a_checkpoint_is_no_part_of_it(trained, tmp_path):
+    source = shutil.copytree(trained, tmp_path / trained.name)
+    (source / ".hidden").write_bytes(b"x")
+    (source / "notes").mkdir()
+    enable(source, tmp_path / "out")
+    new = load_checkpoint(tmp_path / "out")
+    assert new.file("tokenizer.json").exists() and not (new.path / ".hidden").exists() and not (new.path / "notes").exists()
 
 
 def test_training_goes_on_and_the_gains_wake_up(trained, tmp_path):
@@ -374,6 +384,11 @@ def test_a_damaged_file_is_one_line(tmp_path, capsys):
     for broken in (b"", b"hello", data[:1000], data[: len(data) // 2], rng.randbytes(500)):
         model.write_bytes(broken)
         assert "is damaged" in complaint(capsys, *words)
+    model.write_bytes(data)
+    whole = meta.read_bytes()
+    meta.write_bytes(b"[" * 100_000)
+    assert "is damaged" in complaint(capsys, *words)
+    meta.write_bytes(whole)
     for _ in range(40):
         at = rng.randrange(3000)
         model.write_bytes(data[:at] + rng.randbytes(20) + data[at + 20 :])

@@ -162,7 +162,7 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path, how: str) -> None:
         Tokenizer.load(path)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\x80\x04pickle", TOKENIZER.to_json().encode()[:2000], b"[1]"])
+@pytest.mark.parametrize("raw", [b"", b"{", b"\x80\x04pickle", TOKENIZER.to_json().encode()[:2000], b"[1]", b"[" * 100_000])
 def test_unreadable_file_is_refused_by_name(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(raw)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from bio_inspired_nanochat.common.rank import this_rank
+from bio_inspired_nanochat.errors import harmless
 
 _BROKEN_PIPE_EXIT = 141  # 128 + SIGPIPE, what a shell reports for a program whose reader went away
 _live: list[Any] = []  # the rich displays that are on the screen now; plain lines have to go above them
@@ -47,9 +48,10 @@ def on_terminal() -> bool:
 
 
 def say(text: str) -> None:
-    """One log line on stdout, flushed; rank 0 only. Above a live progress bar it scrolls."""
+    """One log line on stdout, flushed; rank 0 only. Above a live progress bar it scrolls. Control characters are shown, not obeyed."""
     if not this_rank().first:
         return
+    text = harmless(text)
     if _live and on_terminal():
         _live[-1].console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -68,7 +70,7 @@ class Progress:
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` more; `note` is shown beside the count and stays until the next one."""
         self.done += n
-        self.note = note or self.note
+        self.note = harmless(note) or self.note
         self._changed()
 
     def _changed(self) -> None:
@@ -201,4 +203,4 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return " ".join(str(value).split())
+    return harmless(" ".join(str(value).split()))

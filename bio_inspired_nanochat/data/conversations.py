@@ -61,7 +61,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 def _read_file(path: Path) -> Iterator[Conversation]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _conversation(line, f"{path} line {number}")

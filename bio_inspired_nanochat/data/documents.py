@@ -119,7 +119,17 @@ def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> UserError:
 
 def _text_file(path: Path, column: str, tally: Tally) -> Iterator[Iterator[str]]:
     """The whole file as one document, in pieces."""
-    yield (text.replace("\r\n", "\n") for _, text in _lines(path))
+    yield _unix_ends(text for _, text in _lines(path))
+
+
+def _unix_ends(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces with line ends of one character; those of two may be cut between pieces."""
+    held = ""
+    for piece in pieces:
+        piece = held + piece
+        held = "\r" if piece.endswith("\r") else ""
+        yield piece.removesuffix("\r").replace("\r\n", "\n")
+    yield held
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -163,6 +173,8 @@ def _json_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:
             yield from _jsonl_file(path, column, tally)
             return
         raise UserError(f"{path} line {error.lineno} is not JSON ({error.msg}): an array of objects is expected") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): an array of objects is expected") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: an array of objects is expected") from None
     records = content if isinstance(content, list) else [content]
@@ -173,12 +185,20 @@ def _json_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:
 def _csv_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:
     csv.field_size_limit(_RECORD_CHARS)
     separator = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
-    reader = csv.DictReader((line for _, line in _whole_lines(path)), delimiter=separator)
+    taken: list[str] = []  # lines of the record that is being read
+    last: list[str] = []  # and those of the one before
+    reader = csv.DictReader((taken.append(line) or line for _, line in _whole_lines(path)), delimiter=separator)
     try:
         for record in reader:
+            last, taken[:] = list(taken), []
             yield from _field(f"{path} line {reader.line_num}", record, column, tally)
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num} is not CSV ({error}): quote the text, or convert the file to .jsonl") from None
+    if list(csv.reader([*last, "end"], delimiter=separator))[-1] != ["end"]:
+        raise UserError(
+            f"{path} line {reader.line_num - len(last) + 1} begins a text in quotes that does not end, so all that follows would be part "
+            "of it: close it, or double a quote that is meant as one"
+        )
 
 
 def _parquet_file(path: Path, column: str, tally: Tally) -> Iterator[list[str]]:

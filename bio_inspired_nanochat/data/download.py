@@ -131,7 +131,7 @@ def read_manifest(path: Path, base_url: str = "") -> Manifest:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"manifest={path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"manifest={path} is not JSON ({error}): make one with --make_manifest DIR") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise UserError(f'manifest={path} is not a manifest: "format": "{_FORMAT}", "version": {_VERSION} expected')

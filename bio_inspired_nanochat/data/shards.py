@@ -73,7 +73,7 @@ def list_shards(folder: Path) -> list[Path]:
         raise UserError(
             f"data_dir={folder} has no *.parquet files: make shards with python -m scripts.prepare_data --input {folder} --out DIR"
         )
-    return sorted(files, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)])
+    return sorted(files, key=lambda path: [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]+)", path.name))])
 
 
 def open_shard(path: Path, column: str = "text") -> ShardPart:

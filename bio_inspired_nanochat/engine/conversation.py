@@ -9,6 +9,7 @@ turns, the oldest first (never the system message, never the last question), and
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,20 +106,23 @@ def fit(messages: Sequence[Message], tokenizer: Tokenizer, style: Style, room: i
 
     Raises UserError when it does not fit, under `drop_oldest` only when the last question alone does not.
     """
-    kept = list(messages)
-    ids = render(kept, tokenizer, style)
-    first = 1 if kept[0].role == "system" else 0
-    while len(ids) > room and overflow == "drop_oldest":
-        questions = [i for i, message in enumerate(kept) if message.role == "user" and i > first]
-        if not questions:
-            break
-        del kept[first : questions[0]]
-        ids = render(kept, tokenizer, style)
+    ids = render(messages, tokenizer, style)
+    first = begin = 1 if messages[0].role == "system" else 0
+    later = [place for place, message in enumerate(messages) if message.role == "user" and place > first]
+
+    def rest(place: int) -> list[int]:
+        return render([*messages[:first], *messages[place:]], tokenizer, style)
+
+    if len(ids) > room and later and overflow == "drop_oldest":
+        # By halving: one turn at a time would read a long conversation as often as it has turns.
+        fitting = bisect.bisect_left(later, True, hi=len(later) - 1, key=lambda place: len(rest(place)) <= room)
+        begin = later[fitting]
+        ids = rest(begin)
     if len(ids) > room:
         raise UserError(
             f"the conversation has {len(ids)} tokens, {room} fit into this context beside the answer: shorten it by {len(ids) - room} or more"
         )
-    return ids, len(messages) - len(kept)
+    return ids, begin - first
 
 
 def _turn(role: str, content: str, tokenizer: Tokenizer) -> list[int]:

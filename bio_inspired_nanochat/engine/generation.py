@@ -64,7 +64,7 @@ def source_path(source: str) -> str | None:
 def load(path: str | Path | None, device: torch.device) -> Loaded:
     """Model and tokenizer of a checkpoint: `path` (a step, a run or a folder of runs), or the newest that base_train wrote.
 
-    Raises UserError when there is none, and for a damaged one.
+    Raises UserError when there is none, for a damaged one, and for a tokenizer whose ids the model does not have.
     """
     root = base_dir() / "checkpoints"
     if not path and not root.exists():
@@ -73,6 +73,11 @@ def load(path: str | Path | None, device: torch.device) -> Loaded:
     checkpoint = load_checkpoint(found)
     tokenizer = Tokenizer.load(checkpoint.file("tokenizer.json"))
     model = GPT.from_checkpoint(found, device).set_compute_dtype(compute_dtype(device))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {found} has {tokenizer.vocab_size} ids, its model vocab_size={model.config.vocab_size}: "
+            "it is another model's; choose another checkpoint"
+        )
     return Loaded(model, tokenizer, found, checkpoint.step, checkpoint.meta)
 
 
@@ -101,7 +106,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -
     the same token on every device. Ties are ordered by token id. Raises UserError for logits that are not finite.
     """
     logits = logits.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(logits).any(dim=-1).all()) or bool(torch.isnan(logits).any()):
+    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):  # NaN anywhere in a row is its maximum
         raise UserError("the model's logits are not finite: the checkpoint is damaged or its training diverged")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()

@@ -158,6 +158,11 @@ class Reply:
         """The state of the answers that still run; of the last one at the end. None before the prompt has been begun."""
         return self._given if self._stepper is None else self._stepper.state
 
+    @property
+    def begun(self) -> bool:
+        """Whether the whole prompt has been read: before that `state` is one of half a question."""
+        return self._read == len(self._prompt)
+
     def cancel(self) -> None:
         """End all answers before the next token. May be called from another thread."""
         self._cancelled = True
@@ -171,7 +176,7 @@ class Reply:
             return self._end(list(self._answers), "cancelled")
         if not self._answers:
             raise StopIteration
-        if self._read < len(self._prompt):
+        if not self.begun:
             self._prefill()
             return []
         if self.unread:
@@ -196,7 +201,7 @@ class Reply:
         self._logits = model.step(piece.expand(state.batch_size, -1), state)[:, -1]
         self._read += len(piece)
         self._look(state)
-        if self._read == len(self._prompt) and options.n > 1:
+        if self.begun and options.n > 1:
             rows = list(range(self._lanes)) * options.n
             self._stepper.select(rows)
             self._logits = self._logits[rows]
@@ -252,8 +257,10 @@ class Reply:
     def _piece(self, answer: _Answer, token: int, spread: float | None) -> Piece:
         name = self._names.get(token)
         if name is not None:
+            before = answer.tool
+            rest = answer.decoder.flush()  # half a character before the token is no part of what comes behind it
             self._tool(answer, name)
-            return Piece(answer.index, token, "", answer.tool)
+            return Piece(answer.index, token, rest if before else answer.visible.push(rest), before if rest else answer.tool)
         if answer.tool:
             if answer.call is not None:
                 answer.call.append(token)
@@ -280,12 +287,12 @@ class Reply:
         rest = []
         for answer in answers:
             self.finish[answer.index] = reason
-            tail = answer.decoder.flush()
+            tail = answer.decoder.flush() if not answer.tool else ""
             text = "" if answer.visible.stopped else answer.visible.push(tail) + answer.visible.flush()
             if text:
                 rest.append(Piece(answer.index, -1, text))
         kept = [place for place, answer in enumerate(self._answers) if answer not in answers]
-        if kept and len(kept) < len(self._answers) and self._stepper is not None and self._read == len(self._prompt):
+        if kept and len(kept) < len(self._answers) and self._stepper is not None and self.begun:
             self._stepper.select([place * self._lanes + lane for place in kept for lane in range(self._lanes)])
         self._answers = [self._answers[place] for place in kept]
         return rest

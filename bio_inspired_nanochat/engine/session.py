@@ -107,7 +107,7 @@ class ChatSession:
     def _answered(self, turn: Turn, reply: Reply | None) -> None:
         self.messages.append(Message("assistant", turn.text))
         self._state, self._tail = None, []
-        if reply is not None and reply.state is not None and not reply._options.samples and reply._read == len(reply._prompt):
+        if reply is not None and reply.state is not None and not reply._options.samples and reply.begun:
             self._state = reply.state
             self._tail = [*reply.unread, *turn_end(self._tokenizer, self.style)]
 
@@ -134,8 +134,10 @@ class ChatSession:
         """
         if str(path).endswith(".json"):
             record = {"format": _FORMAT, "messages": [{"role": m.role, "content": m.content} for m in self.messages]}
+            # A byte of the terminal that is no UTF-8 is a lone surrogate: its Python escape is that of JSON too.
+            content = (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace")
             try:
-                write_atomic(Path(path), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+                write_atomic(Path(path), content)
             except OSError as error:
                 raise UserError(f"{path} cannot be written ({error.strerror}): name a file in a writable folder") from None
             return
@@ -185,7 +187,7 @@ class ChatSession:
 def _read_conversation(path: Path) -> list[Message]:
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a conversation: {error}") from None
     turns = record.get("messages") if isinstance(record, dict) and record.get("format") == _FORMAT else None
     if not isinstance(turns, list) or not all(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import http.client
+import lzma
 import stat
 import tempfile
 import urllib.error
@@ -145,9 +146,9 @@ def unpack(archive: Path, out: Path, what: str, max_bytes: int = 4 * MAX_BYTES) 
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as source, open(target, "wb") as file:
                     left -= _copy(source, file, left, what, max_bytes)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{what} is not a whole zip file ({error}): fetch or make it again") from None
-    except OSError as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        if not isinstance(error, OSError) or error.errno is None:  # damage of what bzip2 has packed comes as an OSError without a number
+            raise UserError(f"{what} is not a whole zip file ({error}): fetch or make it again") from None
         raise UserError(f"{what} cannot be unpacked ({error.strerror or error}): make room under {base_dir()}") from None
 
 
@@ -184,7 +185,7 @@ def read_bundle(root: Path) -> list[CoreTask]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that does not exist
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:160]}): restore it") from None
     entries = content.get("icl_tasks") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -196,7 +197,7 @@ def read_bundle(root: Path) -> list[CoreTask]:
 def _baselines(path: Path) -> dict[str, tuple[str, str]]:
     """By task the place and the text of its baseline: the table may have lines for other tasks than those of core.yaml."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -240,7 +241,7 @@ def _task(root: Path, where: str, entry: Any, baselines: dict[str, tuple[str, st
     if label not in baselines:
         raise UserError(f"{root / 'eval_meta_data.csv'} has no line for the task {label}: its random baseline is needed")
     uri = PurePosixPath(entry["dataset_uri"])
-    if uri.is_absolute() or ".." in uri.parts:
+    if uri.is_absolute() or ".." in uri.parts or "\0" in str(uri):
         raise UserError(f"{where} ({label}) has dataset_uri={str(uri)!r}, which leads out of the bundle")
     items = tuple(_checked(place, item, task_kind) for place, item in read_jsonl(root / "eval_data" / uri))
     if len(items) <= shots[0]:

@@ -10,6 +10,7 @@ draws of examples and the order of questions follow nanochat, so that scores can
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +73,11 @@ def measure_task(model: GPT, tokenizer: Tokenizer, task: CoreTask, max_items: in
 
 
 def judged(scores: Sequence[PartScore], gold: int | None) -> float:
-    """The point for one question: 1, 0, or a share of it among tied options. gold None: all tokens must be the most likely ones."""
+    """The point for one question: 1, 0, or a share of it among tied options; NaN where a loss is. gold None: all tokens must be the most
+    likely ones.
+    """
+    if any(bool(one.losses.isnan().any()) for one in scores):
+        return math.nan
     if gold is None:
         return float(all(bool(one.greedy.all()) for one in scores))
     losses = [one.losses.mean().item() for one in scores]

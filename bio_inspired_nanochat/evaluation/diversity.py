@@ -60,7 +60,12 @@ def diversity(model: GPT, setting: EvaluationSetting) -> Found:
     if length < REPEATED:
         raise NotApplicable(f"diversity needs continuations of {REPEATED} tokens: a context of {context} leaves {length}")
     enough = dataclasses.replace(setting, tokens=setting.samples * context)
-    rows: list[list[int]] = [row for idx, _, _ in text_batches(model, enough, "diversity") for row in idx.tolist()]
+    rows: list[list[int]] = []
+    for idx, targets, _ in text_batches(model, enough, "diversity"):
+        whole = (targets[:, : prompt + length - 1] >= 0).all(1)  # the last row may end before its continuation does
+        rows += idx[whole].tolist()
+    if not rows:
+        raise NotApplicable(f"diversity needs {prompt + length} tokens of {setting.split} text in a row, which holds less: add text")
     lacks = len(rows) < setting.samples
     notices = (f"diversity: {len(rows)} continuations, not {setting.samples}: the text has no more rows",) if lacks else ()
     made: list[list[int]] = []

@@ -7,6 +7,7 @@ BLiMP, Warstadt et al. 2020). A sentence's log-probability is the sum over its t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ TIE = 1e-9
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of each line that is not empty. Raises UserError for what is no JSON object, and for files that cannot be read."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -76,7 +77,12 @@ def minimal_pairs(model: GPT, setting: EvaluationSetting) -> Found:
 
 
 def accuracy(good: Sequence[float], bad: Sequence[float]) -> float:
-    """Share of pairs whose first log-probability is the larger one; a tie, as between unlearned models' sentences, counts half."""
+    """Share of pairs whose first log-probability is the larger one; a tie, as between unlearned models' sentences, counts half.
+
+    NaN where a log-probability is.
+    """
+    if any(map(math.isnan, (*good, *bad))):
+        return math.nan
     points = [0.5 if abs(a - b) <= TIE * max(1.0, abs(a)) else float(a > b) for a, b in zip(good, bad, strict=True)]
     return sum(points) / len(points)
 

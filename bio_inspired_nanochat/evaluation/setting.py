@@ -119,7 +119,8 @@ def eager(model: GPT) -> Iterator[None]:
 def text_batches(model: GPT, setting: EvaluationSetting, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs and targets [B, T] of the first ceil(tokens / T) rows of the split, T the model's context, and the rows' numbers [B].
 
-    The same rows for every batch size; fewer where the text ends. Raises NotApplicable without text.
+    The same rows for every batch size; fewer where the text ends, the last of which may have targets of -1 behind its end. Raises
+    NotApplicable without text.
     """
     tokenizer, source = setting.text(what)
     check_tokenizer(model, tokenizer)
@@ -133,7 +134,10 @@ def text_batches(model: GPT, setting: EvaluationSetting, what: str) -> Iterator[
                 idx, targets = loader.next_batch()
             except StopIteration:
                 break
-            idx, targets = idx[: rows - done].to(device), targets[: rows - done].to(device)
+            told = min(int((targets >= 0).any(1).sum()), rows - done)  # what the text does not fill is padding up to a full batch
+            if not told:
+                break
+            idx, targets = idx[:told].to(device), targets[:told].to(device)
             yield idx, targets, torch.arange(done, done + len(idx))
             done += len(idx)
         if not done:

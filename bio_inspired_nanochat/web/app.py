@@ -16,7 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from bio_inspired_nanochat.common import pick_device
+from bio_inspired_nanochat.common import pick_device, say
 from bio_inspired_nanochat.engine import Loaded, context_length, load, style_of
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.registry import active_mechanisms
@@ -32,7 +32,10 @@ LOADING = "the model is still loading: try again in a few seconds"
 
 
 def make_app(config: WebConfig, loader: Callable[[], Loaded] | None = None) -> Guard:
-    """The server as an ASGI application. loader: in place of the checkpoint that `config` names. `.worker` is its worker."""
+    """The server as an ASGI application. loader: in place of the checkpoint that `config` names. `.worker` is its worker.
+
+    Raises UserError for a log of conversations that cannot be written.
+    """
     worker = Worker(
         loader or (lambda: load(config.checkpoint(), pick_device(config.device))),
         config.max_active,
@@ -163,12 +166,20 @@ def model_name(loaded: Loaded) -> str:
 
 
 def _conversation_log(path: str | None) -> Callable[[dict[str, Any]], None]:
-    """What keeps a record of a request: nothing, unless a file was asked for."""
+    """What keeps a record of a request: nothing, unless a file was asked for. Raises UserError for one that cannot be written."""
     if path is None:
         return lambda record: None
 
     def append(record: dict[str, Any]) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n")
+        except OSError as error:  # the answer is made, and goes out whether or not there is room for its record
+            say(f"notice: a conversation was not written to {path} ({error.strerror})")
+
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(f"--log_conversations={path} cannot be written ({error.strerror}): name a file in a writable folder") from None
 
     return append

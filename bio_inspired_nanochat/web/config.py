@@ -82,9 +82,11 @@ class Access(Protocol):
 
 
 def check_access(host: str, api_key: str | None) -> None:
-    """UserError for an address that others reach without a key, and for a key that cannot travel in a header."""
+    """UserError for an address that others reach without a key, for an empty key and for one that cannot travel in a header."""
     if not is_loopback(host) and not api_key:
         raise UserError(f"--host={host} can be reached from other machines: add --api_key=SECRET, or use --host=127.0.0.1")
+    if api_key == "":
+        raise UserError("--api_key is empty, which would let everyone in who sends none: give a secret, or leave the flag out")
     if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or " " in api_key):
         raise UserError("--api_key must be printable ASCII without blanks, because it travels in a header")
 

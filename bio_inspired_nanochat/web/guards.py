@@ -81,7 +81,7 @@ class Guard:
         if not self._known(host):
             return 421, f"this server does not answer to Host {host[:100]!r}: start it with --allowed_hosts, or use its own address"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             return 403, f"requests from pages of {origin[:100]!r} are refused: only this server's own page may ask"
         if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site") and path != "/":
             return 403, "requests from other sites' pages are refused"
@@ -144,6 +144,14 @@ class Guard:
             return {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
         return None, replay
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None for what is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:

@@ -22,9 +22,12 @@ CONVERSATIONS = 16  # of one memory that can still be continued from where they 
 
 
 @dataclass
-class _Memory:
+class Memory:
+    """One memory. turns: answers that it has seen; begun: what the conversations by their ids began with."""
+
     latest: Engram | None = None
     turns: int = 0
+    over: bool = False  # forgotten or replaced: what answers that began with it leave behind is dropped
     begun: OrderedDict[str, Engram | None] = field(default_factory=OrderedDict)
 
 
@@ -33,34 +36,47 @@ class MemoryStore:
 
     def __init__(self, model: GPT, most: int) -> None:
         self._model, self._most = model, most
-        self._memories: OrderedDict[str, _Memory] = OrderedDict()
+        self._memories: OrderedDict[str, Memory] = OrderedDict()
         self._lock = threading.Lock()
         self.available = any(block.fast_layers() for block in model.blocks)  # pyrefly: ignore[not-callable]
 
-    def begin(self, name: str, conversation: str | None) -> Engram | None:
-        """What a conversation starts with: for its first turn the memory as it is now, for later ones what it was then."""
+    def begin(self, name: str, conversation: str | None) -> tuple[Engram | None, Memory]:
+        """What a conversation starts with, and whose memory that is, for `keep`.
+
+        For its first turn it is the memory as it is now, for later ones what it was then.
+        """
         with self._lock:
             memory = self._touched(name)
             if conversation is None:
-                return memory.latest
+                return memory.latest, memory
             if conversation not in memory.begun:
                 memory.begun[conversation] = memory.latest
                 while len(memory.begun) > CONVERSATIONS:
                     memory.begun.popitem(last=False)
-            return memory.begun[conversation]
+            return memory.begun[conversation], memory
 
-    def keep(self, name: str, engram: Engram) -> None:
-        """Make `engram`, of one sequence, what the next conversation starts with. Of two answers at once the later one stays."""
+    def keep(self, name: str, engram: Engram, begun: Memory) -> None:
+        """Make `engram`, of one sequence, what the next conversation starts with. Of two answers at once the later one stays.
+
+        Nothing is kept when the memory that the answer began with was forgotten or replaced meanwhile.
+        """
         with self._lock:
+            if begun.over:
+                return
             memory = self._touched(name)
             memory.latest, memory.turns = engram, memory.turns + 1
 
-    def _touched(self, name: str) -> _Memory:
-        memory = self._memories.setdefault(name, _Memory())
+    def _touched(self, name: str) -> Memory:
+        memory = self._memories.setdefault(name, Memory())
         self._memories.move_to_end(name)
         while len(self._memories) > self._most:
             self._memories.popitem(last=False)
         return memory
+
+    def _drop(self, name: str) -> None:
+        memory = self._memories.pop(name, None)
+        if memory is not None:
+            memory.over = True
 
     def describe(self, name: str) -> dict:
         """turns: answers that the memory has seen; norm: Frobenius norm of its fast weights by layer and projection."""
@@ -76,7 +92,7 @@ class MemoryStore:
     def forget(self, name: str) -> None:
         """Drop a memory; one that is not there is no error."""
         with self._lock:
-            self._memories.pop(name, None)
+            self._drop(name)
 
     def download(self, name: str) -> bytes:
         """The memory as the bytes of an engram file. Raises UserError when it is empty."""
@@ -102,6 +118,5 @@ class MemoryStore:
         if not all(bool(torch.isfinite(value).all()) for layer in engram.layers for value in layer.values()):
             raise UserError("the engram holds values that are not finite: send one that this server gave")
         with self._lock:
-            memory = self._touched(name)
-            memory.latest, memory.turns = engram, 0
-            memory.begun.clear()
+            self._drop(name)
+            self._touched(name).latest = engram

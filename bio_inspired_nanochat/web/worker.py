@@ -18,7 +18,7 @@ from typing import Any
 from bio_inspired_nanochat.common import say
 from bio_inspired_nanochat.engine import Loaded, Piece, Reply, ReplyOptions, stop_ids
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.web.memory import MemoryStore
+from bio_inspired_nanochat.web.memory import Memory, MemoryStore
 
 GATHER = 0.04  # seconds: pieces that come faster travel together, because waking the event loop costs the worker time
 STOPPING = "the server is stopping"
@@ -55,6 +55,7 @@ class Job:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
     reply: Reply | None = None
+    begun: Memory | None = None  # the memory that the answer began with
     gathered: list[Piece] = field(default_factory=list)
     told: float = 0.0
 
@@ -119,8 +120,9 @@ class Worker:
             if self._stopping:
                 raise Stopped
             if len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
-                for kept in [other for other in self._waiting if other.cancelled]:
-                    self._waiting.remove(kept)
+                for left in [other for other in self._waiting if other.cancelled]:
+                    self._waiting.remove(left)
+                    left.tell(Event("end"))  # its request waits for that, although its client has gone
                 if len(self._active) + len(self._waiting) >= self._max_active + self._max_waiting:
                     raise Full
             self._waiting.append(job)
@@ -185,10 +187,12 @@ class Worker:
 
     def _begin(self, job: Job) -> Reply:
         assert self.loaded is not None and self.memories is not None
-        engram = self.memories.begin(job.memory, job.conversation) if job.memory and self.memories.available else None
+        engram = None
+        if job.memory and self.memories.available:
+            engram, job.begun = self.memories.begin(job.memory, job.conversation)
         return Reply(self.loaded.model, self.loaded.tokenizer, job.ids, job.options, stop_ids(self.loaded.tokenizer), engram=engram)
 
     def _remember(self, job: Job, reply: Reply) -> None:
         assert self.memories is not None
-        if job.memory and self.memories.available and reply.state is not None:
-            self.memories.keep(job.memory, reply.state.engram().select(0))
+        if job.memory and job.begun is not None and reply.state is not None and reply.begun:
+            self.memories.keep(job.memory, reply.state.engram().select(0), job.begun)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bio_inspired_nanochat.common import console, progress, say, table
+from bio_inspired_nanochat.errors import UserError, exit_on_user_error
 
 # Torch takes seconds to import, is needed by the neighbours of the console only, and is left out of these small programs.
 PRELUDE = """
@@ -158,6 +159,21 @@ def test_text_that_the_stream_cannot_encode_is_escaped(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     say("τ \udcff ok")
     assert raw.getvalue() == b"\\u03c4 \\udcff ok\n"
+
+
+def test_a_name_from_elsewhere_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Clearing the screen, setting the title, going back in the line, the one-byte form of an escape."""
+    name = "a\x1b[2Jb\x1b]0;c\x07d\re\x9b3mf"
+    shown = "a\\x1b[2Jb\\x1b]0;c\\x07d\\x0de\\x9b3mf"
+    say(f"notice: {name} has\n\tno text")
+    with progress(None, "prepare", "documents") as bar:
+        bar.advance(1, note=name)
+    table(["file"], [[name.replace("\r", "")]])
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError(f"{name} is damaged")
+    said = capsys.readouterr()
+    assert f"notice: {shown} has\n\tno text\n" in said.out and f", {shown}\n" in said.out and "is damaged" in said.err
+    assert not any(sign in said.out + said.err for sign in "\x1b\x07\r\x9b")
 
 
 def test_a_missing_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def write(path: Path, *lines: object) -> Path:
 def test_lines_are_lists_of_messages_or_objects_with_them(tmp_path):
     path = write(tmp_path / "a.jsonl", HELLO, "", {"messages": HELLO, "id": 3})
     assert read_conversations(path) == [dialogue("Hello", "Hi!")] * 2
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_conversations(path) == [dialogue("Hello", "Hi!")] * 2, "as some editors write it"
 
 
 def test_a_folder_is_read_in_name_order_and_other_files_are_left(tmp_path):

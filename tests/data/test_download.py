@@ -248,6 +248,7 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, change: dict[str, Any], mes
 def test_an_unreadable_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_manifest(tmp_path / "none.json")
-    (tmp_path / "m.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        read_manifest(tmp_path / "m.json")
+    for content in ("{", "[" * 100_000):
+        (tmp_path / "m.json").write_text(content)
+        with pytest.raises(UserError, match="is not JSON"):
+            read_manifest(tmp_path / "m.json")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bio_inspired_nanochat.data import resolve_data
 from bio_inspired_nanochat.data.corpus import write_corpus
+from bio_inspired_nanochat.data.documents import Tally, read_documents
 from bio_inspired_nanochat.data.prepare import PrepareConfig, prepare
 from bio_inspired_nanochat.data.split import split_text
 from bio_inspired_nanochat.errors import UserError
@@ -156,6 +157,23 @@ def test_a_line_longer_than_the_read_buffer_is_split_at_words(tmp_path: Path, mo
     assert sorted(word for piece in texts for word in piece.split()) == sorted(text.split() * 2)
 
 
+@pytest.mark.parametrize("length", [4, 5, 6])
+def test_line_ends_of_two_characters_are_found_wherever_a_long_line_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr("bio_inspired_nanochat.data.documents._LINE_BYTES", 6)
+    (tmp_path / "a.txt").write_bytes(b"a" * length + b"\r\nb\r\rc\r\n\r\nd\r")
+    found = "".join(read_documents(tmp_path / "a.txt", "text", 1000, Tally()))
+    assert found == "a" * length + "\nb\r\rc\n\nd"
+
+
+def test_quotes_inside_and_lines_within_quotes_of_a_table_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,5" pipe\n\n2,"said ""x"""\n3,"two\nlines"')
+    assert list(read_documents(tmp_path / "a.csv", "text", 1000, Tally())) == ['5" pipe', 'said "x"', "two\nlines"]
+    (tmp_path / "b.csv").write_text("id,text\n")
+    assert list(read_documents(tmp_path / "b.csv", "text", 1000, Tally())) == []
+
+
 def test_lone_surrogates_in_json_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b"}\n"plain string"\n')
     _, texts = _prepare(tmp_path / "a.jsonl", tmp_path / "out")
@@ -174,8 +192,11 @@ def test_lone_surrogates_in_json_are_replaced(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl line 1: the text is a int, not a string"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl line 1 is not JSON"),
         ("a.json", b'[{"text": "a"},\n{]', r"a\.json line 2 is not JSON"),
+        ("a.json", b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]", r"a\.json is not JSON"),
         ("a.json", b'[{"body": "a"}]', r"a\.json record 0 has no column 'text'.*body"),
         ("a.csv", b"id,body\n1,a\n", r"a\.csv line 2 has no column 'text'.*id, body"),
+        ("a.csv", b'id,text\n1,a\n2,"open\n3,c\n4,d', r"a\.csv line 3 begins a text in quotes"),
+        ("a.tsv", b'id\ttext\n1\ta\n2\t"open\n', r"a\.tsv line 3 begins a text in quotes"),
         ("a.parquet", b"junk", r"a\.parquet is not a readable parquet file"),
         ("a.txt.gz", b"junk", r"a\.txt\.gz is not a whole gzip file"),
         ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], r"a\.txt\.gz is not a whole gzip file"),

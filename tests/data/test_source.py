@@ -46,6 +46,10 @@ def test_shards_sort_by_number_and_other_files_are_ignored(tmp_path: Path) -> No
     for name in ("shard_10.parquet", "shard_9.parquet", "other.parquet", ".shard_1.parquet", "shard_2.parquet.part"):
         pq.write_table(pa.table({"text": ["x"]}), tmp_path / name)
     assert [path.name for path in list_shards(tmp_path)] == ["shard_9.parquet", "shard_10.parquet"]
+    (folder := tmp_path / "other").mkdir()
+    for name in ("²10.parquet", "²9.parquet"):
+        pq.write_table(pa.table({"text": ["x"]}), folder / name)
+    assert [path.name for path in list_shards(folder)] == ["²9.parquet", "²10.parquet"], "no number, though Unicode calls it a digit"
 
 
 def test_fingerprint_follows_content_not_place(make_shards: MakeShards, tmp_path: Path) -> None:

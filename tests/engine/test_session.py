@@ -79,6 +79,16 @@ def test_the_oldest_turns_are_dropped_and_counted():
         fit(messages, tokenizer(), "chat", len(short) - 1, "drop_oldest")
 
 
+def test_a_very_long_conversation_is_not_read_once_for_every_turn_that_is_dropped(monkeypatch):
+    messages = [Message(("user", "assistant")[turn % 2], "the king said " * 8) for turn in range(401)]
+    size = len(render(messages[-9:], tokenizer(), "chat"))
+    read = []
+    encode = type(tokenizer()).encode
+    monkeypatch.setattr(type(tokenizer()), "encode", lambda self, text, bos=False: read.append(text) or encode(self, text, bos))
+    ids, dropped = fit(messages, tokenizer(), "chat", size, "drop_oldest")
+    assert (len(ids), dropped) == (size, 392) and len(read) < 4 * len(messages)
+
+
 # --- one reply ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +163,18 @@ def test_half_a_character_is_never_shown():
     made = Reply(script, tokenizer(), [1], ReplyOptions(max_tokens=60, sampling=GREEDY), stop_ids(tokenizer()))
     pieces = [piece.text for step in made for piece in step]
     assert "".join(pieces) == "aé🙂" and "\ufffd" not in "".join(pieces)
+
+
+def test_half_a_character_does_not_cross_the_border_of_a_call():
+    """Bytes of a euro sign before, in and behind a call: each side shows its own half as one sign of replacement, or not at all."""
+    first, second, third = "€".encode()
+    says = [first, second, special("python_start"), third, first, special("python_end"), *tokenizer().encode("done")]
+    script = Script(speaker(), [*says, special("python_start"), *tokenizer().encode("1"), first, special("assistant_end")])
+    script.prompt = 1
+    made = Reply(script, tokenizer(), [1], ReplyOptions(max_tokens=90, sampling=GREEDY), stop_ids(tokenizer()))
+    pieces = [piece for step in made for piece in step]
+    assert "".join(piece.text for piece in pieces if not piece.tool) == "\ufffddone"
+    assert "€" not in "".join(piece.text for piece in pieces)
 
 
 @pytest.mark.parametrize(("expression", "result"), [("12*12", "144"), ("import os", None)])
@@ -258,6 +280,9 @@ def test_memory_survives_in_a_file(tmp_path):
         ChatSession(speaker("vanilla")).save(tmp_path / "x")
 
 
+DEEP = ("deep.json", "cannot be read")
+
+
 def test_a_conversation_survives_in_a_file(tmp_path):
     session = ChatSession(speaker())
     say(session, "the king")
@@ -268,8 +293,14 @@ def test_a_conversation_survives_in_a_file(tmp_path):
     other.load(tmp_path / "talk.json")
     assert other.messages == session.messages
     assert len(say(other, "the bird")) > 0
+    say(other, "ü\udcff")  # a byte that a terminal's encoding does not have
+    other.save(tmp_path / "talk.json")
+    assert "ü" in (tmp_path / "talk.json").read_text()
+    session.load(tmp_path / "talk.json")
+    assert session.messages == other.messages
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "bad.json").write_text('{"messages": 3}')
-    for name, said in (("bad.json", "not a saved conversation"), ("none.json", "cannot be read"), ("none", "cannot be read")):
+    for name, said in (("bad.json", "not a saved conversation"), ("none.json", "cannot be read"), ("none", "cannot be read"), DEEP):
         with pytest.raises(UserError, match=said):
             session.load(tmp_path / name)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import json
+import math
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -111,6 +113,12 @@ def test_tied_options_share_the_point() -> None:
     assert core.judged([PartScore(torch.ones(2), torch.tensor([True, False]))], None) == 0
 
 
+@pytest.mark.parametrize("gold", [0, 1, None])
+def test_a_model_without_finite_losses_has_no_accuracy(gold: int | None) -> None:
+    parts = [PartScore(torch.tensor([loss]).double(), torch.tensor([True])) for loss in (math.nan, 1.0)]
+    assert math.isnan(core.judged(parts, gold)) and math.isnan(core.judged(parts[::-1], gold))
+
+
 def test_prompts_show_solved_examples_and_judge_the_answer_alone(tmp_path: Path) -> None:
     choice, schema, facts = read_bundle(make(tmp_path))
     decode = tokenizer().decode
@@ -141,6 +149,8 @@ def test_prompts_show_solved_examples_and_judge_the_answer_alone(tmp_path: Path)
         ({"core.yaml": TASKS.replace("facts.jsonl", "../facts.jsonl")}, "leads out of the bundle"),
         ({"core.yaml": TASKS.replace("facts.jsonl", "fact.jsonl")}, "fact.jsonl cannot be read"),
         ({"core.yaml": TASKS.replace("[1]", "[3]")}, "more than its 3 examples"),
+        ({"core.yaml": TASKS.replace("facts.jsonl", '"a\\0b"')}, "leads out of the bundle"),
+        ({"core.yaml": TASKS + "made: 2020-13-45\n"}, "is not YAML"),
         ({"eval_meta_data.csv": None}, "eval_meta_data.csv cannot be read"),
         ({"eval_meta_data.csv": "Eval Task,Baseline\nchoice,3\n"}, "lacks"),
         ({"eval_meta_data.csv": BASELINES.replace("50.0", "half")}, "Random baseline 'half'"),
@@ -188,6 +198,25 @@ def test_links_damage_and_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="both given"):
         find_bundle("a", "b", None)
     assert find_bundle(None, None, None) is None
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_inside_of_a_zip_file_is_one_line_however_it_was_packed(tmp_path: Path, packed: int) -> None:
+    path = tmp_path / "b.zip"
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        archive.writestr("core.yaml", TASKS * 100)
+    raw = bytearray(path.read_bytes())
+    raw[45:70] = bytes(byte ^ 255 for byte in raw[45:70])
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="not a whole zip file"):
+        find_bundle(None, str(path), None)
+
+
+def test_tables_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    root = make(tmp_path)
+    for path in (root / "eval_meta_data.csv", root / "eval_data" / "facts.jsonl"):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert len(read_bundle(root)) == 3
 
 
 def test_a_zip_file_is_unpacked_once_wherever_its_bundle_lies(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Minimal pairs: sums of log-probabilities, means over files, and files that are wrong."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_a_model_that_guesses_is_at_a_half_when_sentences_are_equally_long(tmp_p
     (tmp_path / "a.jsonl").write_text(line("xz", "zx"))
     assert evaluate(Planted(guess), ["pairs"], short)["pairs.accuracy"] == 0.5
     assert accuracy([-1.0, -2.0, -3.0], [-2.0, -1.0, -3.0]) == 0.5
+    assert math.isnan(accuracy([-1.0, math.nan], [-2.0, -1.0])), "no accuracy, in place of a wrong answer"
     (tmp_path / "a.jsonl").write_text(line("xz", "xzxz"))
     assert evaluate(Planted(guess), ["pairs"], short)["pairs.accuracy"] == 1, "sums count, so every further token costs"
     assert evaluate(Planted(guess, sequence_len=1), ["pairs"], short)["pairs.accuracy"] is None

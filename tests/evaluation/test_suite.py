@@ -2,12 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bio_inspired_nanochat.checkpoint import save_checkpoint
 from bio_inspired_nanochat.config import to_dict
+from bio_inspired_nanochat.data.corpus import write_corpus
+from bio_inspired_nanochat.data.source import open_corpus
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.evaluation import diversity, experts
 from bio_inspired_nanochat.evaluation.diversity import distinct, repetition
@@ -28,6 +31,21 @@ SMALL = {"tokens": 64, "rows": 1, "samples": 2, "sample_tokens": 8, "draws": 2}
 
 def talker(kind: str = "default", **changes):
     return make_model(kind, vocab_size=tokenizer().vocab_size, bos_token_id=tokenizer().bos_id, **changes)
+
+
+def test_where_the_text_ends_nothing_is_measured_on_padding(tmp_path) -> None:
+    """Five rows of text, in batches that it fills and in batches that it does not."""
+    words = ("the king said to his old friend that a small bird sang near the river " * 40).split()
+    held_out = [" ".join(words[start : start + 47]) for start in range(0, 282, 47)]
+    write_corpus(tmp_path / "corpus", [("the king", False), *((one, True) for one in held_out)], shard_chars=1000)
+    setting = EvaluationSetting(tokenizer=tokenizer(), source=open_corpus(tmp_path / "corpus"), samples=16, sample_tokens=16)
+    model = talker("default", num_experts=4)
+    found = {size: evaluate_in_detail(model, ["diversity", "experts"], replace(setting, batch_size=size)) for size in (1, 4, 16)}
+    count = found[1]["diversity"].details["continuations"]
+    assert 2 <= count < 16 and all("not 16" in "".join(one["diversity"].notices) for one in found.values())
+    for name in ("diversity", "experts"):
+        texts = [{key: value for key, value in one[name].values.items() if name == "experts" or "text" in key} for one in found.values()]
+        assert texts[1] == pytest.approx(texts[0]) and texts[2] == pytest.approx(texts[0])
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "default", "experts"])

@@ -37,6 +37,14 @@ class Server:
     url: str
     client: httpx2.Client
     worker: Worker
+    running: uvicorn.Server
+
+    def requests(self, within: float = 2.0) -> int:
+        """Requests whose handlers still run; waits for them to end."""
+        end = time.monotonic() + within
+        while self.running.server_state.tasks and time.monotonic() < end:
+            time.sleep(0.01)
+        return len(self.running.server_state.tasks)
 
     def ask(self, text: str = "the king said", **fields) -> httpx2.Response:
         """One request that answers with a few greedy tokens unless `fields` say otherwise."""
@@ -71,7 +79,7 @@ def serving(loader: Callable[[], Loaded] = tiny, wait: bool = True, **flags) -> 
         while time.monotonic() < end and not server.started:
             time.sleep(0.01)
         try:
-            yield Server(url, client, app.worker)
+            yield Server(url, client, app.worker, server)
         finally:
             server.should_exit = True
             thread.join(10)

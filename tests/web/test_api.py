@@ -1,6 +1,7 @@
 """The API: OpenAI's format, memories, and clear refusals."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -9,7 +10,7 @@ import pytest
 
 from bio_inspired_nanochat.engine import Sampling, generate, stop_ids
 from bio_inspired_nanochat.errors import UserError
-from bio_inspired_nanochat.web import WebConfig
+from bio_inspired_nanochat.web import WebConfig, make_app
 from tests.engine.speakers import speaker, tokenizer
 from tests.web.conftest import serving, tiny
 
@@ -91,6 +92,30 @@ def test_a_memory_is_used_kept_forgotten_and_restored(server):
     assert said("mine") == fresh
     assert server.client.put(f"{path}/file", content=file).status_code == 200
     assert said("mine") == taught
+
+
+@pytest.mark.parametrize("change", ["forget", "replace"])
+def test_an_answer_that_ends_later_does_not_bring_a_forgotten_memory_back(server, change):
+    path = f"/v1/x_synapse/memories/{change}"
+    server.ask(x_synapse={"memory": change})
+    norm = server.client.get(path).json()["norm"]
+    file = server.client.get(f"{path}/file").content
+    body = {"messages": [{"role": "user", "content": "the king"}], "max_tokens": 300, "stream": True, "x_synapse": {"memory": change}}
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        said = (line for line in response.iter_lines() if line.startswith("data:"))
+        for _ in range(3):
+            next(said)
+        if change == "forget":
+            assert server.client.delete(path).status_code == 200
+        else:
+            assert server.client.put(f"{path}/file", content=file).status_code == 200
+        list(said)
+    assert server.client.get(path).json() | {"available": True} == {
+        "memory": change,
+        "available": True,
+        "turns": 0,
+        "norm": [] if change == "forget" else norm,
+    }
 
 
 def test_turns_of_one_conversation_start_where_it_began(server):
@@ -227,8 +252,24 @@ def test_conversations_are_written_down_only_when_asked(tmp_path, capfd):
     assert "secret" not in "".join(capfd.readouterr())
 
 
+def test_a_log_that_cannot_be_written_is_refused_at_the_start_and_later_costs_no_answer(tmp_path, capfd):
+    with pytest.raises(UserError, match="log_conversations"):
+        make_app(WebConfig(log_conversations=str(tmp_path / "none" / "log.jsonl")), tiny)
+    (folder := tmp_path / "logs").mkdir()
+    with serving(log_conversations=str(folder / "log.jsonl")) as running:
+        shutil.rmtree(folder)
+        assert running.ask().status_code == 200
+        assert running.ask(stream=True).text.endswith("data: [DONE]\n\n")
+    assert "was not written" in capfd.readouterr().out
+
+
 def test_the_flags_are_checked():
-    for flags, said in (({"host": "0.0.0.0"}, "add --api_key"), ({"api_key": "a b"}, "printable"), ({"port": 70000}, "port")):
+    for flags, said in (
+        ({"host": "0.0.0.0"}, "add --api_key"),
+        ({"api_key": "a b"}, "printable"),
+        ({"api_key": ""}, "is empty"),
+        ({"port": 70000}, "port"),
+    ):
         with pytest.raises(UserError, match=said):
             WebConfig(**flags)
     assert WebConfig(host="::1") and WebConfig(host="0.0.0.0", api_key="k")

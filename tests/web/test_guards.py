@@ -36,7 +36,7 @@ def test_only_known_hosts_are_answered(locked, host, status):
     assert locked.client.get("/health", headers={"host": host}).status_code == status
 
 
-@pytest.mark.parametrize(("origin", "status"), [("own", 200), ("https://evil.example", 403), ("null", 403)])
+@pytest.mark.parametrize(("origin", "status"), [("own", 200), ("https://evil.example", 403), ("null", 403), ("http://[", 403)])
 def test_only_the_own_page_may_ask(server, origin, status):
     origin = server.url if origin == "own" else origin
     assert server.client.get("/v1/models", headers={"origin": origin}).status_code == status

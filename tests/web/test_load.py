@@ -3,14 +3,19 @@
 import asyncio
 import json
 import time
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bio_inspired_nanochat.engine import ReplyOptions
+from bio_inspired_nanochat.engine.reply import PREFILL
+from bio_inspired_nanochat.web.memory import MemoryStore
 from bio_inspired_nanochat.web.schema import ChatRequest
-from tests.web.conftest import serving
+from bio_inspired_nanochat.web.worker import Job, Worker
+from tests.web.conftest import serving, tiny
 
 SYNAPSE = {"return_tokens": True}
 
@@ -45,6 +50,25 @@ def test_a_full_queue_says_when_to_come_back():
         assert set(statuses) == {200, 429} and statuses.count(200) >= 5
         assert all(int(answer.headers["retry-after"]) > 0 for answer in answers if answer.status_code == 429)
         assert small.idle() and small.ask().status_code == 200
+
+
+def test_who_left_the_full_queue_makes_room_and_leaves_nothing_behind():
+    async def leave_and_come() -> int:
+        async with httpx2.AsyncClient(base_url=small.url, timeout=60) as client:
+            first, left = (asyncio.create_task(client.post("/v1/chat/completions", json=body(0, max_tokens=400))) for _ in range(2))
+            while small.worker.busy() != {"active": 1, "waiting": 1}:
+                await asyncio.sleep(0.01)
+            job = small.worker._waiting[0]
+            left.cancel()
+            while not job.cancelled:
+                await asyncio.sleep(0.01)
+            status = (await client.post("/v1/chat/completions", json=body(0))).status_code
+            await first
+            return status
+
+    with serving(max_active=1, max_waiting=1) as small:
+        assert asyncio.run(asyncio.wait_for(leave_and_come(), 30)) == 200
+        assert small.idle() and small.requests() == 0
 
 
 def test_clients_take_turns(server):
@@ -107,6 +131,21 @@ def test_whoever_leaves_frees_the_worker(server, stream):
                 server.client.post("/v1/chat/completions", json=body(1, max_tokens=400), timeout=0.2)
         assert server.idle(2.0)
     assert made[-1].reply.finish == ["cancelled"] and made[-1].reply.made[0] < 400
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_half_a_question_leaves_nothing_in_a_memory(steps):
+    """A client that leaves while its prompt is read, and one that leaves during the answer."""
+    worker = Worker(tiny, 1, 1, 1)
+    worker.loaded = tiny()
+    worker.memories = MemoryStore(worker.loaded.model, 1)
+    nobody = SimpleNamespace(call_soon_threadsafe=lambda *_: None)
+    job = Job([5] * (PREFILL + 9), ReplyOptions(max_tokens=9), memory="m", loop=nobody)
+    assert all(worker._step(job) for _ in range(steps))
+    job.cancel()
+    while worker._step(job):
+        pass
+    assert worker.memories.describe("m")["turns"] == (steps == 3)
 
 
 def test_cancelled_and_new_requests_mix(server):
