@@ -155,6 +155,15 @@ def test_generation_follows_documents_when_they_are_kept_apart():
     assert list(generate(model, prompt, 10, temperature=0)) == greedy(model, prompt, 10)
 
 
+def test_a_checkpoint_of_a_run_that_diverged_is_refused(tmp_path):
+    model = make_model("default", vocab_size=tokenizer().vocab_size, bos_token_id=0)
+    model.blocks[1].attn.q.weight.data[0, 0] = math.nan
+    files = {"tokenizer.json": tokenizer().to_json().encode()}
+    path = save_checkpoint(tmp_path, 1, dict(model.state_dict()), {"model_config": to_dict(model.config)}, files=files)
+    with pytest.raises(UserError, match="blocks.1.attn.q.weight that are not finite"):
+        load(path, torch.device("cpu"))
+
+
 def test_a_checkpoint_with_the_tokenizer_of_a_larger_model_is_refused(tmp_path):
     """Its ids would be read beyond the end of the table of embeddings."""
     for size in (tokenizer().vocab_size, 50):

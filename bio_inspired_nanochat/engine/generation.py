@@ -64,7 +64,8 @@ def source_path(source: str) -> str | None:
 def load(path: str | Path | None, device: torch.device) -> Loaded:
     """Model and tokenizer of a checkpoint: `path` (a step, a run or a folder of runs), or the newest that base_train wrote.
 
-    Raises UserError when there is none, for a damaged one, and for a tokenizer whose ids the model does not have.
+    Raises UserError when there is none, for a damaged one, for weights that are not finite, and for a tokenizer whose ids the
+    model does not have.
     """
     root = base_dir() / "checkpoints"
     if not path and not root.exists():
@@ -72,6 +73,9 @@ def load(path: str | Path | None, device: torch.device) -> Loaded:
     found = find_checkpoint(path or root)
     checkpoint = load_checkpoint(found)
     tokenizer = Tokenizer.load(checkpoint.file("tokenizer.json"))
+    for name, value in checkpoint.model.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(f"{found} has values in {name} that are not finite, its training diverged: choose an earlier step")
     model = GPT.from_checkpoint(found, device).set_compute_dtype(compute_dtype(device))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
