@@ -20,13 +20,12 @@ from bio_inspired_nanochat.common import say, write_atomic
 from bio_inspired_nanochat.config import knob
 from bio_inspired_nanochat.data import resolve_data
 from bio_inspired_nanochat.errors import UserError, damaged_file
-from bio_inspired_nanochat.study.plan import FolderConfig, check_plan, read_plan
+from bio_inspired_nanochat.study.plan import PLACES, FolderConfig, check_plan, located, read_plan
 from bio_inspired_nanochat.study.queue import read_attempts, read_record
 from bio_inspired_nanochat.study.speed import FILE
 
 VERSION = 1
 ABSOLUTE = re.compile(r"(?<![\w./])/(?:[^/\s\"']+/)+")  # the folders of an absolute path
-PLACES = ("data_dir", "tokenizer")  # of a run's training: files of the machine that planned it
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,6 @@ def unpack(config: UnpackConfig) -> dict[str, Any]:
 
 def restored(held: Mapping[str, Any], config: UnpackConfig) -> dict[str, Any]:
     """The plan of a file, with every training whole and on this machine's text."""
-    places = {name: getattr(config, name) for name in PLACES}
+    places = located({name: getattr(config, name) for name in PLACES})
     runs = [{**run, "train": {**held["common"], **run["train"], **places}} for run in held["plan"]["runs"]]
     return {**held["plan"], "runs": runs}

@@ -2,7 +2,8 @@
 
     python -m bio_inspired_nanochat.study.job FOLDER
 
-FOLDER holds `job.json`, written by the queue. Exit code 0: the record is there; STOPPED: a signal ended it, it can be started again.
+FOLDER holds `job.json`, written by the queue. Exit code 0: the record is there; STOPPED: a signal ended it, it can be started again;
+NO_TEXT: the text of the plan is not there, which is no fault of this run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bio_inspired_nanochat.common import pick_device, write_atomic
+from bio_inspired_nanochat.common import pick_device, say, write_atomic
 from bio_inspired_nanochat.common.files import finite, read_json_lines
 from bio_inspired_nanochat.config import from_dict, to_dict
 from bio_inspired_nanochat.data import DataSource, resolve_data
@@ -34,24 +35,32 @@ from bio_inspired_nanochat.training import TrainConfig
 from bio_inspired_nanochat.training.plan import given_fields
 from bio_inspired_nanochat.training.run import prepare, run_job
 
-STOPPED = 75
+STOPPED, NO_TEXT = 75, 76
 OF_SPEED = ("tok_per_s", "peak_memory_gib", "seconds")
 OF_TRAINING = ("val_loss", "val_bpb", "final_loss", *OF_SPEED)
 
 
+class TextChanged(UserError):
+    """The text is not the one that was planned with."""
+
+
 def run(folder: Path) -> int:
-    """Do the run of a folder; its exit code. Raises UserError for what the user can fix and for data that are not those of the plan."""
+    """Do the run of a folder; its exit code. Raises UserError for what the user can fix."""
+    try:
+        return _run(folder)
+    except TextChanged as error:
+        say(f"error: {error}")
+        return NO_TEXT
+
+
+def _run(folder: Path) -> int:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     spec, began = job["run"], time.time()
     for name in ("train", "checkpoints"):  # what an attempt before has left
         shutil.rmtree(folder / name, ignore_errors=True)
     places = {"log_dir": str(folder), "checkpoint_dir": str(folder / "checkpoints"), "run_name": "train"}
     config = dataclasses.replace(from_dict(TrainConfig, spec["train"]), **places)
-    device, source = pick_device(config.device), resolve_data(config.data_dir, config.dataset)
-    if source.fingerprint != job["data"]["fingerprint"]:
-        raise UserError(
-            f"the text has changed since the plan ({source.fingerprint[:16]}, planned {job['data']['fingerprint'][:16]}): restore it"
-        )
+    device, source = pick_device(config.device), planned_text(config, job["data"]["fingerprint"])
     result, done = run_job(config.run_name, device, lambda rank: prepare(config, device, rank, given_fields(config)), ())
     if done is None or result["stopped"]:
         return STOPPED
@@ -59,6 +68,7 @@ def run(folder: Path) -> int:
     log = Path(result["log_dir"]) / "metrics.jsonl"
     metrics |= step_variances(log) | last_look(log)
     metrics |= evaluated(done.model, job["evaluations"], done.tokenizer, source, job["evaluation_tokens"], done.plan.rows)
+    planned_text(config, job["data"]["fingerprint"])  # a shard that went missing on the way was left out, and no number is what it says
     curve = read_curve(log, spec["flops_per_token"])
     if job["shared"]:  # beside other runs a time is not the model's own
         metrics |= dict.fromkeys(OF_SPEED)
@@ -81,6 +91,17 @@ def run(folder: Path) -> int:
     }
     write_atomic(folder / "record.json", json.dumps(finite(record)) + "\n")
     return 0
+
+
+def planned_text(config: TrainConfig, fingerprint: str) -> DataSource:
+    """The text of a run. Raises TextChanged where it is not there, not all of it, or another than the one with that fingerprint."""
+    try:
+        source = resolve_data(config.data_dir, config.dataset)
+    except UserError as error:
+        raise TextChanged(str(error)) from error
+    if source.fingerprint != fingerprint:
+        raise TextChanged(f"the text has changed since the plan ({source.fingerprint[:16]}, planned {fingerprint[:16]}): restore it")
+    return source
 
 
 def evaluated(

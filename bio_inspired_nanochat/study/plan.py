@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ SHARED = (
     *("n_embd", "head_dim", "max_seq_len", "vocab_size", "device_batch_size", "total_batch_size", "eval_tokens"),
     *("data_dir", "tokenizer", "device", "dtype", "compile", "backend"),
 )
+PLACES = ("data_dir", "tokenizer")  # of a run's training: files of the machine that planned it
 RUN_ID = re.compile(r"d\d+-[A-Za-z0-9_.+-]+-s\d+")  # also the name of its folder, so it may not lead elsewhere
 _TRAINING = knobs_of(TrainConfig)
 
@@ -273,9 +275,14 @@ def _runs(config: PlanConfig, cells: list[Cell], rates: Mapping[str, float]) -> 
                 "flops_per_token": cell.plan.flops_per_token,
                 "seconds": round(tokens / rates[f"{cell.depth} {_kind(cell)}"], 1),
                 "key": key,
-                "train": train,
+                "train": train | located(train),
             }
     return list(runs.values())
+
+
+def located(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The `PLACES` of a training as absolute paths: its runs find them from whatever folder they are started."""
+    return {name: train[name] and os.path.abspath(train[name]) for name in PLACES}
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:

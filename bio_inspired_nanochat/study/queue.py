@@ -6,7 +6,8 @@
     runs/ID/log.txt         what the last attempt printed
 
 So several queues, on several GPUs, may share a folder, and one that was killed leaves nothing to clean up. A run that fails is tried once
-more, then it counts as failed and the others go on. SIGTERM and Ctrl-C end the runs in progress, which are done again later.
+more, then it counts as failed and the others go on. SIGTERM and Ctrl-C end the runs in progress, which are done again later; so does
+a text that is no longer the plan's, without which every run would fail.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from filelock import FileLock, Timeout
 from bio_inspired_nanochat.common import say, write_atomic
 from bio_inspired_nanochat.common.files import read_json_lines
 from bio_inspired_nanochat.config import knob
-from bio_inspired_nanochat.study.job import STOPPED
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.study.job import NO_TEXT, STOPPED
 from bio_inspired_nanochat.study.plan import FolderConfig, read_plan
 from bio_inspired_nanochat.training import guards
 
@@ -79,6 +81,7 @@ class Queue:
         self.lock = threading.Lock()
         self.left_out: list[str] = []
         self.new: list[str] = []
+        self.textless = ""  # why the text cannot be read
 
     def place(self, run: Mapping[str, Any]) -> Path:
         """The folder of a run."""
@@ -91,7 +94,10 @@ class Queue:
         return "failed" if len(read_attempts(self.place(run))) >= ATTEMPTS else "waiting"
 
     def work(self) -> dict[str, Any]:
-        """Do what is left; returns the script's last line. After a signal it comes back when the runs in progress have ended."""
+        """Do what is left; returns the script's last line. After a signal it comes back when the runs in progress have ended.
+
+        Raises UserError when the text of the plan is gone.
+        """
         if isinstance(self.config, ResumeConfig) and self.config.retry_failed:
             for run in self.runs:
                 if self.status(run) == "failed":
@@ -108,7 +114,11 @@ class Queue:
                 if signals.received and not self.stop.is_set():
                     say(f"notice: {signals.received}: the runs in progress end here and will be done again by `eval_matrix resume`")
                     self.stop.set()
-        return self.summary(signals.received)
+        summary = self.summary(signals.received)
+        if self.textless:
+            done = f"{summary['done']} of {summary['runs']} runs are done, no other counts as failed"
+            raise UserError(f"{self.textless}; {done}: restore the text, then go on with eval_matrix resume --out={self.folder}")
+        return summary
 
     def summary(self, stopped: str = "") -> dict[str, Any]:
         """How far the queue is."""
@@ -186,6 +196,10 @@ class Queue:
                 self.new.append(str(run["id"]))
             loss = record["metrics"].get("val_loss")
             say(f"{run['id']}: done in {time.monotonic() - began:.0f} s" + ("" if loss is None else f", validation loss {loss:.4f}"))
+        elif process.returncode == NO_TEXT:
+            with self.lock:
+                self.textless = self.textless or tail(folder / "log.txt")[-1].removeprefix("error: ")
+            self.stop.set()
         elif not self.stop.is_set() and process.returncode != STOPPED:
             attempt: dict[str, Any] = {
                 "why": why or f"exit code {process.returncode} without a record",
@@ -264,5 +278,8 @@ def tail(path: Path) -> list[str]:
 
 
 def run_queue(config: RunConfig, command: Callable[[Path], list[str]] = work_command) -> dict[str, Any]:
-    """Do the runs of the plan in a folder; returns the script's last line. Raises UserError without a plan or with a changed one."""
+    """Do the runs of the plan in a folder; returns the script's last line.
+
+    Raises UserError without a plan, with a changed one, and when its text is gone.
+    """
     return Queue(config, command).work()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bio_inspired_nanochat.study import queue
+from bio_inspired_nanochat.errors import UserError
+from bio_inspired_nanochat.study import job, queue
+from bio_inspired_nanochat.study.job import NO_TEXT
 from bio_inspired_nanochat.study.queue import Queue, ResumeConfig, RunConfig, read_attempts, run_queue
 from scripts import eval_matrix
 from tests import standin
 from tests.study.planned import HONEST, TINY, plan, pretend, started
+from tests.training.tiny import corpus
 
 CRASH = "def behave(run):\n    if run['conditions'] == ['default'] and run['seed'] == 1:\n        sys.exit('no luck')\n"
 ONCE = "def behave(run):\n    if len(open(folder + '/started').read()) == 1 and run['seed'] == 2:\n        os.kill(os.getpid(), 9)\n    return honest(run)"
@@ -117,6 +122,48 @@ def test_a_queue_that_is_stopped_or_killed_can_be_resumed(tmp_path: Path, number
         os.kill(int((place / "pid").read_text()), signal.SIGKILL)
     assert read_attempts(place) == [], "neither is a failure of the run"
     assert run_queue(ResumeConfig(out=str(tmp_path)), pretend())["done"] == 1
+
+
+def test_a_text_that_is_gone_stops_the_queue_and_is_no_run_s_fault(tmp_path: Path) -> None:
+    plan(tmp_path)
+    gone = (
+        f"    if run['seed'] == 1:\n        print('error: data_dir=x does not exist')\n        sys.exit({NO_TEXT})\n    return honest(run)"
+    )
+    with pytest.raises(UserError, match=r"data_dir=x does not exist; 1 of 9 runs are done, no other counts as failed: restore the text"):
+        run_queue(RunConfig(out=str(tmp_path)), pretend(honest("\ndef behave(run):\n" + gone)))
+    assert len(started(tmp_path)) == 2 and not list(tmp_path.glob("runs/*/attempts.jsonl"))
+    assert run_queue(ResumeConfig(out=str(tmp_path)), pretend())["done"] == 9
+
+
+@pytest.mark.parametrize("moment", ["before", "on the way"])
+def test_numbers_of_another_text_than_the_plan_s_are_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus(), texts)
+    monkeypatch.chdir(tmp_path)
+    plan(tmp_path / "study", conditions=("vanilla",), seeds=(0,), data_dir="texts")
+    monkeypatch.chdir(tmp_path / "study")  # a plan's paths hold from everywhere
+    evaluated = job.evaluated
+    first = min(texts.iterdir())
+
+    def lose(*inputs: Any) -> Any:
+        found = evaluated(*inputs)
+        first.unlink()
+        return found
+
+    if moment == "before":
+        first.unlink()
+    else:
+        monkeypatch.setattr(job, "evaluated", lose)
+    codes = []
+    monkeypatch.setattr(queue, "_visible_gpus", list)
+
+    def here(folder: Path) -> list[str]:
+        codes.append(job.run(folder))
+        return [sys.executable, "-S", "-c", f"print('error: the text has changed'); raise SystemExit({codes[-1]})"]
+
+    with pytest.raises(UserError, match="the text has changed"):
+        run_queue(RunConfig(out=str(tmp_path / "study")), here)
+    assert codes == [NO_TEXT] and not first.exists() and not list(tmp_path.glob("study/runs/*/record.json"))
 
 
 @pytest.mark.slow
