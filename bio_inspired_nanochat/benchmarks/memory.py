@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +25,12 @@ from bio_inspired_nanochat.benchmarks.records import (
     shown,
 )
 from bio_inspired_nanochat.benchmarks.timing import ColdCache, Deadline, interleave, memory_of, paired_ratio, set_strides, warm_up
-from bio_inspired_nanochat.common import pick_device, table
+from bio_inspired_nanochat.common import pick_device, progress, table
 from bio_inspired_nanochat.config import device_knob, dtype_knob, knob, validate
 from bio_inspired_nanochat.kernels.fast_weights import RULES, fast_weights
 
-EXECUTIONS = ("triton", "chunked", "compiled", "fla", "reference")
+EXECUTIONS = ("triton", "chunked", "fla", "compiled", "reference")  # those that need most time to get ready come last
+READY = 0.5  # share of the time after which nothing new is compiled
 BASELINE = "attention"
 COLUMNS = ("rule", "execution", "modes", "forward ms", "backward ms", "both ms", "quartiles", "x attention", "peak MiB", "kept MiB", "runs")
 
@@ -65,29 +68,31 @@ def bench_memory(config: BenchMemoryConfig) -> dict[str, Any]:
     deadline, cold = Deadline(config.seconds), ColdCache(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     operators = {BASELINE: lambda: _attention(config, rows, context, device, dtype, generator)}
-    for modes in config.modes:
-        for rule in config.rules:
-            for execution in config.executions:
-                name = f"{rule} {execution} {modes}"
-                operators[name] = lambda r=rule, e=execution, m=modes: _memory(r, e, rows, context, m, device, dtype, generator)
+    for execution, modes, rule in itertools.product(config.executions, config.modes, config.rules):
+        make = partial(_memory, rule, execution, rows, context, modes, device, dtype, generator)
+        operators[f"{rule} {execution} {modes}"] = make
     competitors, tried, memories, skipped = {}, {}, {}, []
-    for name, make in operators.items():
-        if competitors and not deadline.left():
-            skipped.append((name, "no time left: raise --seconds"))
-            continue
-        try:
-            competitor = make().competitor()
-            tried[name] = warm_up(competitor, device)
-            memories[name] = memory_of(competitor, device)
-        except failures() as error:
-            skipped.append((name, reason(error)))
-            continue
-        competitor.flushes = cold.flushes_for(tried[name].host)
-        competitors[name] = competitor
+    with progress(len(operators), "get ready", "executions") as bar:
+        for name, make in operators.items():
+            bar.advance()
+            if competitors and deadline.left() <= (1 - READY) * config.seconds:
+                skipped.append((name, "no time left: raise --seconds"))
+                continue
+            try:
+                competitor = make().competitor()
+                tried[name] = warm_up(competitor, device)
+                memories[name] = memory_of(competitor, device)
+            except failures() as error:
+                skipped.append((name, reason(error)))
+                continue
+            competitor.flushes = cold.flushes_for(tried[name].host)
+            competitors[name] = competitor
     set_strides(competitors, tried)
     courses = interleave(competitors, device, max(0.05, deadline.left()), cold=cold)
+    shelf = [f"{rule} {execution} {modes}" for modes, rule, execution in itertools.product(config.modes, config.rules, config.executions)]
     records = []
-    for name, course in courses.items():
+    for name in (one for one in (BASELINE, *shelf) if one in courses):
+        course = courses[name]
         forward, backward, both = (course.spread(index).times(1e3) for index in (0, 1, None))
         ratio, memory = paired_ratio(course.total(), courses[BASELINE].total()), memories[name]
         rule, execution, modes = (*name.split(), "", "")[:3]

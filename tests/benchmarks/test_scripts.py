@@ -216,12 +216,14 @@ def test_wrong_flags_are_one_line_and_exit_code_2(capsys, script, words, said):
 
 
 def test_memory_is_compared_with_attention(capsys):
-    words = ["--device=cpu", "--seconds=1", "--rows=1", "--context=32", "--modes=4", "--executions=chunked,reference,fla"]
-    lines, record = run(capsys, bench_memory, *words)
+    words = ["--device=cpu", "--rows=1", "--context=32", "--modes=4", "--executions=chunked,reference,fla"]
+    lines, record = run(capsys, bench_memory, *words, "--seconds=20")
     found = {(row["rule"], row["execution"]): row for row in record["memory"]}
     assert set(found) == {("attention", ""), *((rule, execution) for rule in ("hebb", "delta") for execution in ("chunked", "reference"))}
     assert all(row["both_ms"] > 0 and row["ratio"] > 0 for row in found.values()) and found["attention", ""]["ratio"] == 1
     assert sum("backend='fla' cannot serve" in line for line in lines) == 2
+    lines, record = run(capsys, bench_memory, *words, "--seconds=0")
+    assert [row["rule"] for row in record["memory"]] == ["attention"] and sum("raise --seconds" in line for line in lines) == 6
 
 
 @pytest.mark.timeout(2 * PATIENCE)
