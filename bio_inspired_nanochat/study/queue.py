@@ -28,6 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bio_inspired_nanochat.common import say, write_atomic
+from bio_inspired_nanochat.common.console import duration
 from bio_inspired_nanochat.common.files import read_json_lines
 from bio_inspired_nanochat.config import knob
 from bio_inspired_nanochat.errors import UserError
@@ -81,6 +82,7 @@ class Queue:
         self.lock = threading.Lock()
         self.left_out: list[str] = []
         self.new: list[str] = []
+        self.waiting = 0  # runs to do when the work began
         self.textless = ""  # why the text cannot be read
 
     def place(self, run: Mapping[str, Any]) -> Path:
@@ -102,8 +104,8 @@ class Queue:
             for run in self.runs:
                 if self.status(run) == "failed":
                     (self.place(run) / "attempts.jsonl").unlink()
-        waiting = sum(self.status(run) == "waiting" for run in self.runs)
-        say(f"{waiting} of {len(self.runs)} runs are to do in {self.folder}{' (smoke)' if self.plan['smoke'] else ''}")
+        self.waiting = sum(self.status(run) == "waiting" for run in self.runs)
+        say(f"{self.waiting} of {len(self.runs)} runs are to do in {self.folder}{' (smoke)' if self.plan['smoke'] else ''}")
         with guards.StopSignals(grace=24 * 3600.0) as signals:
             threads = [threading.Thread(target=self._worker, args=(number,)) for number in range(self.config.workers)]
             for thread in threads:
@@ -195,7 +197,8 @@ class Queue:
             with self.lock:
                 self.new.append(str(run["id"]))
             loss = record["metrics"].get("val_loss")
-            say(f"{run['id']}: done in {time.monotonic() - began:.0f} s" + ("" if loss is None else f", validation loss {loss:.4f}"))
+            found = "" if loss is None else f", validation loss {loss:.4f}"
+            say(f"{run['id']}: done in {time.monotonic() - began:.0f} s{found}; {self._left()}")
         elif process.returncode == NO_TEXT:
             with self.lock:
                 self.textless = self.textless or tail(folder / "log.txt")[-1].removeprefix("error: ")
@@ -209,6 +212,12 @@ class Queue:
             with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(attempt) + "\n")
             say(f"notice: {run['id']}: {attempt['why']}; its last lines are in {folder / 'attempts.jsonl'}")
+
+    def _left(self) -> str:
+        """How much is left, at the pace so far of all queues that share the folder."""
+        left = sum(self.status(run) == "waiting" for run in self.runs)
+        pace = (time.monotonic() - self.began) / max(1, self.waiting - left)
+        return f"{left} left, {duration(pace * left)} at this pace" if left else "the last one"
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> str:
         """Until the process ends, is too late or has to stop; why it was ended, or nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -32,9 +33,11 @@ def honest(tail: str) -> str:
     return HONEST.replace("def behave", "def honest") + tail
 
 
-def test_all_runs_are_done_once_and_recorded_whole(tmp_path: Path) -> None:
+def test_all_runs_are_done_once_and_recorded_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(tmp_path)
     said = run_queue(RunConfig(out=str(tmp_path), workers=3), pretend())
+    left = [line.split("; ")[1] for line in capsys.readouterr().out.splitlines() if ": done in" in line]
+    assert len(left) == 9 and "the last one" in left and all(re.fullmatch(r"\d left, \d+s at this pace", one) for one in left[:4])
     assert (said["done"], said["new"], said["waiting"], said["failed"], said["smoke"]) == (9, 9, 0, [], True)
     assert set(started(tmp_path).values()) == {1} and len(started(tmp_path)) == 9
     again = run_queue(ResumeConfig(out=str(tmp_path)), pretend())
