@@ -148,6 +148,27 @@ def refusals(device="cpu"):
     assert graph_obstacle(noisy, noisy.init_state(1, 8)) is None, "expectations need no draws"
 
 
+def windows(device="cpu"):
+    """Any window at any position, down to the new token alone; what lies outside of it may be anything."""
+    from bio_inspired_nanochat.kernels.decode_triton import TokenSite, attend
+
+    heads, dim, length = 2, 16, 20
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, size, dim, generator=make).to(device) for size in (1, length, length))
+    for window in (1, 2, 3, 5, 8, 9, length):
+        for now in range(length):
+            low = max(0, now - window + 1)
+            cache = {"k": torch.full_like(k, float("nan")), "v": torch.full_like(v, float("nan"))}
+            for name, whole in (("k", k), ("v", v)):
+                cache[name][:, :, low:now] = whole[:, :, low:now]
+            at = torch.tensor([now], device=device)
+            got = attend(q, k[:, :, now : now + 1], v[:, :, now : now + 1], cache, at, TokenSite(4, dim**-0.5, window=window))
+            seen = slice(low, now + 1)
+            want = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen])
+            assert (got - want).abs().max() < 1e-5, (window, now)
+            assert torch.equal(cache["k"][:, :, now], k[:, :, now]) and torch.equal(cache["v"][:, :, now], v[:, :, now])
+
+
 def rehearsal(device="cpu"):
     """The benchmark reads the same prompt again and again with one decoder."""
     model = model_of("default").to(device)
@@ -163,7 +184,7 @@ def rehearsal(device="cpu"):
 
 def test_a_captured_step_is_an_ordinary_step_in_the_interpreter():
     # one process for all: starting one and making the kernels takes as long as running them
-    run_interpreted("from tests.test_decoding import *\nequality()\nturns()\npoison()\nragged()\nrefusals()\nrehearsal()")
+    run_interpreted("from tests.test_decoding import *\nequality()\nturns()\npoison()\nragged()\nrefusals()\nwindows()\nrehearsal()")
 
 
 def test_without_triton_the_reason_is_given():
@@ -223,6 +244,11 @@ def test_captured_and_ordinary_steps_take_turns_on_the_gpu():
     ragged("cuda", 1e-4)
     refusals("cuda")
     rehearsal("cuda")
+
+
+@pytest.mark.gpu
+def test_windows_on_the_gpu():
+    windows("cuda")
 
 
 @pytest.mark.gpu

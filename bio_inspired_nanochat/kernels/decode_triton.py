@@ -40,11 +40,10 @@ def _log1p(x):
 @triton.jit
 def _attend(
     q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, beta_ptr, drive_ptr, theta_ptr, level_ptr, gate_ptr, gate_bias_ptr,
-    strength_ptr, part_ptr, stat_ptr, scale, share, length, heads, group, window,
-    D: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, TERMINALS: tl.constexpr, KIND: tl.constexpr,
-    BARRIER: tl.constexpr,
+    strength_ptr, part_ptr, stat_ptr, scale, share, length, heads, group, window, size,
+    D: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, TERMINALS: tl.constexpr, KIND: tl.constexpr, BARRIER: tl.constexpr,
 ):  # fmt: skip
-    """One program: one split of the keys of one head. The split of the new token also puts it into the caches."""
+    """One program: one split of `size` keys of one head. The split of the new token also puts it into the caches."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
     source = row // group
@@ -52,22 +51,18 @@ def _attend(
     low = 0
     if WINDOW:
         low = tl.maximum(now - window + 1, 0)
-    start = tl.maximum(tl.program_id(1) * SPLIT, low // K * K)
-    stop = tl.minimum(tl.program_id(1) * SPLIT + SPLIT, now + 1)
+    start = tl.maximum(tl.program_id(1) * size, low // K * K)
+    stop = tl.minimum(tl.program_id(1) * size + size, now + 1)
     if start >= stop:
         return
     newest = stop == now + 1
+    stop = tl.minimum(stop, now)  # the new key comes last, out of the loop: it is in registers, which are what bounds the loop's pace
+    start = tl.where(low < stop, start, stop)
     d = tl.arange(0, D)
     q = tl.load(q_ptr + row * D + d).to(tl.float32)
-    new_k, new_v = tl.load(new_k_ptr + source * D + d), tl.load(new_v_ptr + source * D + d)
-    writes = newest & (head % group == 0)
-    if writes:
-        tl.store(k_ptr + (source * length + now) * D + d, new_k)
-        tl.store(v_ptr + (source * length + now) * D + d, new_v)
-    theta = 0.0
+    theta, strength, charge, before = 0.0, 0.0, 0.0, 0.0
     if TERMINALS:
         theta = tl.load(theta_ptr + head)
-    strength, charge = 0.0, 0.0
     if BARRIER > 0:
         strength = tl.load(strength_ptr + head)
     if BARRIER == 1:  # costs are counted from the token before the new one, which softmax cancels
@@ -76,52 +71,64 @@ def _attend(
         charge = tl.maximum(-gate, 0.0) + _log1p(tl.exp(-tl.abs(gate)))
         if newest:
             tl.store(level_ptr + row * length + now, before + charge.to(tl.float64))
+    keys, values = k_ptr + source * length * D, v_ptr + source * length * D
+    drives, biases, levels = drive_ptr + row * length, beta_ptr + row * length, level_ptr + row * length
     top, total = float("-inf"), 0.0
     y = tl.zeros([K, D], tl.float32)
     for begin in range(start, stop, K):
         key = begin + tl.arange(0, K)
-        old, new = (key < now) & (key >= low), key == now
-        at = (source * length + key)[:, None] * D + d[None, :]
-        k = tl.where(new[:, None], new_k[None, :], tl.load(k_ptr + at, mask=old[:, None], other=0.0))
-        v = tl.where(new[:, None], new_v[None, :], tl.load(v_ptr + at, mask=old[:, None], other=0.0))
-        place = row * length + key  # what belongs to a key is asked for before the sum, behind whose barrier it would come late
-        if TERMINALS:
-            drive = tl.load(drive_ptr + place, mask=old, other=0.0)
-            beta = tl.load(beta_ptr + place, mask=old, other=0.0)
+        old = (key < stop) & (key >= low)
+        at = key[:, None] * D + d[None, :]
+        k = tl.load(keys + at, mask=old[:, None], other=0.0)
+        v = tl.load(values + at, mask=old[:, None], other=0.0)
+        if TERMINALS:  # what belongs to a key is asked for before the sum, behind whose barrier it would come late
+            drive = tl.load(drives + key, mask=old, other=0.0)
+            beta = tl.load(biases + key, mask=old, other=0.0)
         if BARRIER == 1:
-            level = tl.load(level_ptr + place, mask=old, other=0.0)
+            level = tl.load(levels + key, mask=old, other=0.0)
         x = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
         if TERMINALS:
-            tl.store(drive_ptr + place, drive + drive_above(x, 1.0, theta, KIND) * share, mask=old)
+            tl.store(drives + key, drive + drive_above(x, 1.0, theta, KIND) * share, mask=old)
             x += beta
         if BARRIER == 1:
-            x += strength * tl.where(old, (level - before).to(tl.float32), charge)
+            x += strength * (level - before).to(tl.float32)
         if BARRIER == 2:
             x += strength * (key - now).to(tl.float32)
-        x = tl.where(old | new, x * LOG2E, float("-inf"))
+        x = tl.where(old, x * LOG2E, float("-inf"))
         peak = tl.maximum(top, tl.max(x, 0))
         weight, shrink = power2(x - peak), power2(top - peak)
         total = total * shrink + tl.sum(weight, 0)
         y = y * shrink + weight[:, None] * v.to(tl.float32)
         top = peak
+    y = tl.sum(y, 0)
+    if newest:
+        new_k, new_v = tl.load(new_k_ptr + source * D + d), tl.load(new_v_ptr + source * D + d)
+        if head % group == 0:
+            tl.store(keys + now * D + d, new_k)
+            tl.store(values + now * D + d, new_v)
+        x = (tl.sum(new_k.to(tl.float32) * q, 0) * scale + strength * charge) * LOG2E
+        peak = tl.maximum(top, x)
+        weight, shrink = power2(x - peak), power2(top - peak)
+        total = total * shrink + weight
+        y = y * shrink + weight * new_v.to(tl.float32)
+        top = peak
     part = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(stat_ptr + 2 * part, top)
     tl.store(stat_ptr + 2 * part + 1, total)
-    tl.store(part_ptr + part * D + d, tl.sum(y, 0))
+    tl.store(part_ptr + part * D + d, y)
 
 
 @triton.jit
 def _join(
-    part_ptr, stat_ptr, position_ptr, y_ptr, heads, splits, window,
-    D: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    part_ptr, stat_ptr, position_ptr, y_ptr, heads, splits, window, size, D: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: the output of one head, from the splits that hold a key in sight."""
     row = tl.program_id(0).to(tl.int64)
     now = tl.load(position_ptr + row // heads).to(tl.int32)
     first = 0
     if WINDOW:
-        first = tl.maximum(now - window + 1, 0) // SPLIT
-    stop = tl.minimum(tl.cdiv(now + 1, SPLIT), splits)
+        first = tl.maximum(now - window + 1, 0) // size
+    stop = tl.minimum(tl.cdiv(now + 1, size), splits)
     d = tl.arange(0, D)
     top, total = float("-inf"), 0.0
     y = tl.zeros([D], tl.float32)
@@ -266,16 +273,16 @@ def attend(
     splits = -(-length // split)
     part, stat = q.new_empty(batch * heads, splits, dim, dtype=torch.float32), q.new_empty(batch * heads, splits, 2, dtype=torch.float32)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    seen = {"SPLIT": split, "WINDOW": site.window is not None, "num_warps": 4, "enable_fp_fusion": True}
+    seen = {"WINDOW": site.window is not None, "num_warps": 4, "enable_fp_fusion": True}
     given = [cache.get("beta"), cache.get("open_drive"), site.theta, cache.get("barrier"), gate, site.gate_bias, site.strength]
     launch(
         _attend, (batch * heads, splits),
         q.contiguous(), new_k.contiguous(), new_v.contiguous(), k, cache["v"], positions, *(q if value is None else value for value in given),
-        part, stat, site.scale, 1 / site.tick, length, heads, heads // k.shape[1], site.window or 0,
+        part, stat, site.scale, 1 / site.tick, length, heads, heads // k.shape[1], site.window or 0, split,
         D=dim, K=block, **seen, TERMINALS=site.terminals is not None, KIND=KINDS[site.kind], BARRIER=BARRIERS[site.barrier],
     )  # fmt: skip
     chunk = min(32, triton.next_power_of_2(splits)) if FAST else 1
-    launch(_join, (batch * heads, 1), part, stat, positions, y, heads, splits, site.window or 0, D=dim, **seen, CHUNK=chunk)
+    launch(_join, (batch * heads, 1), part, stat, positions, y, heads, splits, site.window or 0, split, D=dim, **seen, CHUNK=chunk)
     return y
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import inspect
+import re
+import subprocess
 
 import pytest
 import torch
@@ -25,8 +27,8 @@ def launches():
         (64, {"TERMINALS": True, "BARRIER": 2}),
         (128, {"TERMINALS": True, "BARRIER": 1}),
     ):
-        block, split = decode_triton.splits_of(96, 8192, torch.empty(1, 1, 1, dim, dtype=torch.bfloat16))
-        sizes = {"D": dim, "K": block, "SPLIT": split, "WINDOW": dim > 64, "KIND": own["BARRIER"] // 2, "CHUNK": 32}
+        block, _ = decode_triton.splits_of(96, 8192, torch.empty(1, 1, 1, dim, dtype=torch.bfloat16))
+        sizes = {"D": dim, "K": block, "WINDOW": dim > 64, "KIND": own["BARRIER"] // 2, "CHUNK": 32}
         yield decode_triton._attend, sizes | own
     yield decode_triton._join, sizes
     for cfg in (SynapticConfig.preset("core"), dataclasses.replace(SynapticConfig.preset("full"), lateral_strength=0.0)):
@@ -35,13 +37,41 @@ def launches():
         yield decode_triton.TokenSite(8, 1.0, terminals=module.params()).advance, {"BLOCK": presyn_codegen.BLOCK}
 
 
+def registers(binary, folder):
+    """Of a thread of a compiled kernel."""
+    from triton import knobs
+
+    (folder / "kernel.cubin").write_bytes(binary.asm["cubin"])
+    said = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
+    used, stack = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout).groups()
+    assert stack == "0", "nothing spills"
+    return int(used)
+
+
+def types_of(monkeypatch):
+    for name, kind in TYPES.items():
+        monkeypatch.setitem(test_compile.WHOLE, name, kind)
+    monkeypatch.setattr(test_compile, "REALS", test_compile.REALS | {"share"})
+
+
+@pytest.mark.parametrize(("terminals", "barrier", "programs"), [(False, 0, 5), (True, 1, 4)], ids=["vanilla", "default"])
+def test_enough_programs_share_a_multiprocessor_to_keep_its_memory_busy(terminals, barrier, programs, monkeypatch, tmp_path):
+    """Loads that are under way are what decoding waits for: a thread may use 64 Ki registers / (programs x 128 threads)."""
+    from bio_inspired_nanochat.kernels import decode_triton, tiles
+
+    types_of(monkeypatch)
+    block, _ = decode_triton.splits_of(96, 8192, torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
+    constants = {"D": 64, "K": block, "WINDOW": False, "KIND": 0, "TERMINALS": terminals, "BARRIER": barrier}
+    binary = test_compile.compiled(decode_triton._attend, 90, constants, tiles.Tile(0, 0, 4, 3))
+    used = registers(binary, tmp_path)
+    assert -(-used // 8) * 8 * 128 * programs <= 1 << 16, f"{used} registers"
+
+
 @pytest.mark.parametrize("capability", [89, 90])
 def test_decoding_kernels_fit(capability, monkeypatch):
     from bio_inspired_nanochat.kernels import tiles
 
-    for name, kind in TYPES.items():
-        monkeypatch.setitem(test_compile.WHOLE, name, kind)
-    monkeypatch.setattr(test_compile, "REALS", test_compile.REALS | {"share"})
+    types_of(monkeypatch)
     for kernel, constants in launches():
         constants = {name: value for name, value in constants.items() if name in inspect.signature(kernel.fn).parameters}
         binary = test_compile.compiled(kernel, capability, constants, tiles.Tile(0, 0, 4, 3))
