@@ -1,16 +1,20 @@
-"""One run of a matrix as a process of its own: train, evaluate, write `record.json`. What goes wrong here ends no other run.
+"""Runs of a matrix, one after the other in a process: train, evaluate, write `record.json`.
 
-    python -m bio_inspired_nanochat.study.job FOLDER
+    python -m bio_inspired_nanochat.study.job FOLDER [FOLDER ...]
 
-FOLDER holds `job.json`, written by the queue. Exit code 0: the record is there; STOPPED: a signal ended it, it can be started again;
-NO_TEXT: the text of the plan is not there, which is no fault of this run.
+FOLDER holds `job.json`, written by the queue. What a run prints goes into its `log.txt`; the first one's standard output is there
+already. Runs of one training with several seeds share what was compiled. The first that is not done ends the process. Exit code 0: all
+records are there; STOPPED: a signal ended a run, which can be started again; NO_TEXT: the text of the plan is not there, which is
+no fault of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
+import os
 import platform
 import shutil
 import sys
@@ -38,6 +42,30 @@ from bio_inspired_nanochat.training.run import prepare, run_job
 STOPPED, NO_TEXT = 75, 76
 OF_SPEED = ("tok_per_s", "peak_memory_gib", "seconds")
 OF_TRAINING = ("val_loss", "val_bpb", "final_loss", *OF_SPEED)
+
+
+def main(folders: Sequence[Path]) -> int:
+    """Do the runs of the folders in order; the exit code of the process. Raises UserError for what the user can fix."""
+    parent = os.getppid()
+    for number, folder in enumerate(folders):
+        if number:
+            if os.getppid() != parent:  # the queue was killed, and its runs are anybody's
+                return STOPPED
+            _print_into(folder / "log.txt")
+            gc.collect()
+            torch.cuda.empty_cache()
+        if code := run(folder):
+            return code
+    return 0
+
+
+def _print_into(path: Path) -> None:
+    """Send all that this process prints into a file, whoever prints it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(path, "wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
 
 
 class TextChanged(UserError):
@@ -130,4 +158,4 @@ def _perplexity(loss: float | None) -> float | None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.exit(run(Path(sys.argv[1])))
+        sys.exit(main([Path(word) for word in sys.argv[1:]]))

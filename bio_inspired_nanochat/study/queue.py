@@ -1,17 +1,20 @@
-"""The queue of a matrix: every run is a process of its own, and what is known about it lies in its folder.
+"""The queue of a matrix: runs are done by processes of their own, and what is known about a run lies in its folder.
 
     runs/ID/record.json     the run is done: written whole, at its end
     runs/ID/attempts.jsonl  one line per attempt that failed
     runs/ID/lock            held by whoever works on it; the system frees it when that process ends, however it ends
     runs/ID/log.txt         what the last attempt printed
 
-So several queues, on several GPUs, may share a folder, and one that was killed leaves nothing to clean up. A run that fails is tried once
-more, then it counts as failed and the others go on. SIGTERM and Ctrl-C end the runs in progress, which are done again later; so does
+So several queues, on several GPUs, may share a folder, and one that was killed leaves nothing to clean up. The seeds of a condition follow
+each other in one process, as far as that leaves no worker idle: they are the same training, compiled once. A run that fails ends its
+process and is tried once more, then it counts as failed and the others go on. SIGTERM and Ctrl-C end the runs in progress, which are done again later; so does
 a text that is no longer the plan's, without which every run would fail.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +69,15 @@ class ResumeConfig(RunConfig):
     retry_failed: bool = knob(False, "try failed runs anew", off=False)
 
 
-def work_command(folder: Path) -> list[str]:
-    """The command of a run."""
-    return [sys.executable, "-m", "bio_inspired_nanochat.study.job", str(folder)]
+def work_command(folders: Sequence[Path]) -> list[str]:
+    """The command that does the runs of some folders."""
+    return [sys.executable, "-m", "bio_inspired_nanochat.study.job", *map(str, folders)]
 
 
 class Queue:
-    """The runs of the plan in a folder. command: from a run's folder to the process that does it."""
+    """The runs of the plan in a folder. command: from the folders of runs to the process that does them."""
 
-    def __init__(self, config: RunConfig, command: Callable[[Path], list[str]] = work_command) -> None:
+    def __init__(self, config: RunConfig, command: Callable[[Sequence[Path]], list[str]] = work_command) -> None:
         self.config, self.command, self.folder = config, command, config.folder()
         self.plan = read_plan(self.folder)
         self.runs: list[dict[str, Any]] = self.plan["runs"]
@@ -141,24 +144,31 @@ class Queue:
             "out": str(self.folder),
         }
 
+    def batches(self) -> list[list[dict[str, Any]]]:
+        """Runs that one process does: the seeds of a condition, fewer at a time where there are more workers than conditions."""
+        size = max(1, self.waiting // self.config.workers)
+        alike = [list(runs) for _, runs in itertools.groupby(self.runs, key=lambda run: (run["depth"], run["conditions"]))]
+        return [runs[start : start + size] for runs in alike for start in range(0, len(runs), size)]
+
     def _worker(self, number: int) -> None:
-        for run in self.runs:
-            for _ in range(ATTEMPTS):
-                if self.stop.is_set() or self.status(run) != "waiting":
-                    break
-                self.place(run).mkdir(parents=True, exist_ok=True)
-                lock = FileLock(self.place(run) / "lock", timeout=0)
-                try:
-                    with lock:
-                        if self.status(run) != "waiting":
-                            break
-                        if not self._fits(run):
-                            with self.lock:
-                                self.left_out.append(run["id"])
-                            break
-                        self._attempt(run, number)
-                except Timeout:  # somebody else works on it
-                    break
+        for batch in self.batches():
+            for _ in range(ATTEMPTS * len(batch)):
+                with contextlib.ExitStack() as held:
+                    runs = self._within_budget([run for run in batch if self._take(run, held)])
+                    if not runs:
+                        break
+                    self._attempt(runs, number)
+
+    def _take(self, run: Mapping[str, Any], held: contextlib.ExitStack) -> bool:
+        """Lock a run that is to be done; whether that is for us to do."""
+        if self.stop.is_set() or run["id"] in self.left_out or self.status(run) != "waiting":
+            return False
+        self.place(run).mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(FileLock(self.place(run) / "lock", timeout=0))
+        except Timeout:  # somebody else works on it
+            return False
+        return self.status(run) == "waiting"
 
     def expected(self, run: Mapping[str, Any]) -> float:
         """Seconds that a run should take: as its condition took at other seeds, else at this depth the plan's estimate times how far
@@ -173,61 +183,89 @@ class Queue:
                     same.append(took)
         return max(same) if same else run["seconds"] * (max(ratios) if ratios else 1.0)
 
-    def _fits(self, run: Mapping[str, Any]) -> bool:
-        budget = 60 * self.config.budget_minutes
-        return not budget or time.monotonic() - self.began + FIT * self.expected(run) <= budget
+    def _within_budget(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The first runs, as many as end in time; one that would not even alone is left out."""
+        budget, ends, fitting = 60 * self.config.budget_minutes, time.monotonic() - self.began, []
+        for run in runs:
+            end = ends + FIT * self.expected(run)
+            if not budget or end <= budget:
+                fitting.append(run)
+                ends = end
+            elif fitting:
+                break  # by the time that these are done it may fit
+            else:
+                with self.lock:
+                    self.left_out.append(run["id"])
+        return fitting
 
-    def _attempt(self, run: Mapping[str, Any], worker: int) -> None:
-        folder, plan = self.place(run), self.plan
+    def _attempt(self, runs: list[dict[str, Any]], worker: int) -> None:
+        """Do the runs in one process, until all have a record or one fails."""
         shared = self.config.workers > max(1, len(_visible_gpus()))
-        write_atomic(folder / "job.json", json.dumps({"run": run, "shared": shared, **{name: plan[name] for name in JOB}}) + "\n")
-        limit = 60 * self.config.run_minutes or max(1800.0, 10 * self.expected(run))
-        began = time.monotonic()
-        with open(folder / "log.txt", "wb") as log:
+        folders = [self.place(run) for run in runs]
+        for run, folder in zip(runs, folders, strict=True):
+            job = {"run": run, "shared": shared, **{name: self.plan[name] for name in JOB}}
+            write_atomic(folder / "job.json", json.dumps(job) + "\n")
+            (folder / "log.txt").write_bytes(b"")
+        with open(folders[0] / "log.txt", "wb") as log:
             process = subprocess.Popen(
-                self.command(folder),
+                self.command(folders),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(worker),
                 start_new_session=True,  # Ctrl-C comes to this process alone, which ends its runs in order
             )
-            why = self._wait(process, began + limit)
-        if (record := read_record(folder)) is not None:
+            failed, why, seconds = self._watch(process, runs)
+        if failed is None or self.stop.is_set() or process.returncode == STOPPED or failed["id"] in self.left_out:
+            return
+        folder = self.place(failed)
+        last = tail(folder / "log.txt")
+        if process.returncode == NO_TEXT:
             with self.lock:
-                self.new.append(str(run["id"]))
-            loss = record["metrics"].get("val_loss")
-            found = "" if loss is None else f", validation loss {loss:.4f}"
-            say(f"{run['id']}: done in {time.monotonic() - began:.0f} s{found}; {self._left()}")
-        elif process.returncode == NO_TEXT:
-            with self.lock:
-                self.textless = self.textless or tail(folder / "log.txt")[-1].removeprefix("error: ")
+                self.textless = self.textless or last[-1].removeprefix("error: ")
             self.stop.set()
-        elif not self.stop.is_set() and process.returncode != STOPPED:
-            attempt: dict[str, Any] = {
-                "why": why or f"exit code {process.returncode} without a record",
-                "last_lines": tail(folder / "log.txt"),
-            }
-            attempt["seconds"] = round(time.monotonic() - began, 1)
-            with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(attempt) + "\n")
-            say(f"notice: {run['id']}: {attempt['why']}; its last lines are in {folder / 'attempts.jsonl'}")
+            return
+        attempt = {"why": why or f"exit code {process.returncode} without a record", "last_lines": last, "seconds": round(seconds, 1)}
+        with open(folder / "attempts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(attempt) + "\n")
+        say(f"notice: {failed['id']}: {attempt['why']}; its last lines are in {folder / 'attempts.jsonl'}")
+
+    def _watch(self, process: subprocess.Popen[bytes], runs: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, str, float]:
+        """Until the process ends: the run that it ended in (None: all are done), why it was ended, and seconds since that run began."""
+        why, began, number = "", time.monotonic(), 0
+        limit = self._limit(runs[0])
+        while True:
+            ended = process.poll() is not None
+            while number < len(runs) and (record := read_record(self.place(runs[number]))) is not None:
+                self._done(runs[number], record, time.monotonic() - began)
+                number, began = number + 1, time.monotonic()
+                if number < len(runs):
+                    limit = self._limit(runs[number])
+                    if not ended and not self._within_budget([runs[number]]):
+                        self._end(process)
+                        ended = True
+            if ended:
+                return (runs[number] if number < len(runs) else None), why, time.monotonic() - began
+            if time.monotonic() > began + limit or self.stop.is_set():
+                why = "stopped" if self.stop.is_set() else "took too long"
+                self._end(process)
+            time.sleep(POLL)
+
+    def _limit(self, run: Mapping[str, Any]) -> float:
+        return 60 * self.config.run_minutes or max(1800.0, 10 * self.expected(run))
+
+    def _done(self, run: Mapping[str, Any], record: Mapping[str, Any], seconds: float) -> None:
+        with self.lock:
+            self.new.append(str(run["id"]))
+        loss = record["metrics"].get("val_loss")
+        found = "" if loss is None else f", validation loss {loss:.4f}"
+        say(f"{run['id']}: done in {seconds:.0f} s{found}; {self._left()}")
 
     def _left(self) -> str:
         """How much is left, at the pace so far of all queues that share the folder."""
         left = sum(self.status(run) == "waiting" for run in self.runs)
         pace = (time.monotonic() - self.began) / max(1, self.waiting - left)
-        return f"{left} left, {duration(pace * left)} at this pace" if left else "the last one"
-
-    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> str:
-        """Until the process ends, is too late or has to stop; why it was ended, or nothing."""
-        while process.poll() is None:
-            late = time.monotonic() > deadline
-            if late or self.stop.is_set():
-                self._end(process)
-                return "took too long" if late else "stopped"
-            time.sleep(POLL)
-        return ""
+        return f"{left} left" + (f", {duration(pace * left)} at this pace" if left else "")
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """First ask, then kill, the process and what it has started."""
@@ -286,7 +324,7 @@ def tail(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
 
 
-def run_queue(config: RunConfig, command: Callable[[Path], list[str]] = work_command) -> dict[str, Any]:
+def run_queue(config: RunConfig, command: Callable[[Sequence[Path]], list[str]] = work_command) -> dict[str, Any]:
     """Do the runs of the plan in a folder; returns the script's last line.
 
     Raises UserError without a plan, with a changed one, and when its text is gone.

@@ -55,6 +55,8 @@ def run_job(
     run_name: str | None, device: torch.device, prepare: Callable[[Rank], Job], callbacks: Sequence[Callback]
 ) -> tuple[dict[str, Any], Job | None]:
     """Prepare a job and train it, as one process or as one of torchrun's: its record, and the job unless a signal came before its first step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the process
     with process_group(device) as rank, guards.StopSignals() as signals:
         signals.at_once = rank.world == 1  # several ranks come to the loop, where they can agree to stop
         try:

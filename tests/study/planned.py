@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,9 @@ def full() -> Matrix:
     return build_matrix(list(SETS))
 
 
-# What a pretended run does: `behave(run)` in the source below may crash, sleep or return metrics.
+# What a pretended run in `folder` does: `behave(run)` in the source below may crash, sleep or return metrics.
 SOURCE = """
 import json, os, sys, time
-folder = sys.argv[1]
 job = json.load(open(folder + "/job.json"))
 run = job["run"]
 open(folder + "/started", "a").write("x")
@@ -72,10 +71,12 @@ def behave(run):
 """
 
 
-def pretend(behave: str = HONEST, seconds: float = 1.0) -> Callable[[Path], list[str]]:
+def pretend(behave: str = HONEST, seconds: float = 1.0) -> Callable[[Sequence[Path]], list[str]]:
     """A command for `Queue` whose runs behave as the source says and claim to have taken `seconds`."""
     source = SOURCE.format(behave=behave, seconds=seconds)
-    return lambda folder: [sys.executable, "-S", "-c", source, str(folder)]
+    each = "import os, sys\nfor folder in sys.argv[2:]:\n    sys.stdout.flush()\n"
+    each += "    log = os.open(folder + '/log.txt', os.O_WRONLY)\n    os.dup2(log, 1), os.dup2(log, 2)\n    exec(sys.argv[1], {'folder': folder})"
+    return lambda folders: [sys.executable, "-S", "-c", each, source, *map(str, folders)]
 
 
 def plan(folder: Path, **changes: Any) -> PlanConfig:

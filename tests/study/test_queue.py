@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_all_runs_are_done_once_and_recorded_whole(tmp_path: Path, capsys: pytes
     plan(tmp_path)
     said = run_queue(RunConfig(out=str(tmp_path), workers=3), pretend())
     left = [line.split("; ")[1] for line in capsys.readouterr().out.splitlines() if ": done in" in line]
-    assert len(left) == 9 and "the last one" in left and all(re.fullmatch(r"\d left, \d+s at this pace", one) for one in left[:4])
+    assert len(left) == 9 and "0 left" in left and all(re.fullmatch(r"0 left|[1-8] left, \d+s at this pace", one) for one in left)
     assert (said["done"], said["new"], said["waiting"], said["failed"], said["smoke"]) == (9, 9, 0, [], True)
     assert set(started(tmp_path).values()) == {1} and len(started(tmp_path)) == 9
     again = run_queue(ResumeConfig(out=str(tmp_path)), pretend())
@@ -84,7 +85,8 @@ def test_a_budget_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     said = queue.work()
     assert said["left_out"] == 0 and said["done"] == 9, "70 of the 120 seconds fit"
     plan(tmp_path / "b")
-    queue = Queue(RunConfig(out=str(tmp_path / "b"), budget_minutes=2.0), pretend(seconds=120.0))
+    slow = honest("\ndef behave(run):\n    time.sleep(0.3)\n    return honest(run)")
+    queue = Queue(RunConfig(out=str(tmp_path / "b"), budget_minutes=2.0), pretend(slow, seconds=120.0))
     queue.runs = [run | {"seconds": 1.0} for run in queue.runs]
     said = queue.work()
     assert said["done"] == 1 and said["left_out"] == said["waiting"] == 8, "the first run has shown what the others will take"
@@ -160,13 +162,33 @@ def test_numbers_of_another_text_than_the_plan_s_are_no_record(tmp_path: Path, m
     codes = []
     monkeypatch.setattr(queue, "_visible_gpus", list)
 
-    def here(folder: Path) -> list[str]:
-        codes.append(job.run(folder))
+    def here(folders: Sequence[Path]) -> list[str]:
+        codes.append(job.main(folders))
         return [sys.executable, "-S", "-c", f"print('error: the text has changed'); raise SystemExit({codes[-1]})"]
 
     with pytest.raises(UserError, match="the text has changed"):
         run_queue(RunConfig(out=str(tmp_path / "study")), here)
     assert codes == [NO_TEXT] and not first.exists() and not list(tmp_path.glob("study/runs/*/record.json"))
+
+
+def test_seeds_that_share_a_process_are_what_they_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", standin.python())  # of the runs
+    found = {}
+    for workers, processes in ((1, 1), (2, 2)):
+        folder, asked = tmp_path / str(workers), []
+        plan(folder, conditions=("default",), seeds=(0, 1), evaluations=())
+
+        def command(folders: Sequence[Path], asked: list = asked) -> list[str]:
+            asked.append(folders)
+            return queue.work_command(folders)
+
+        assert run_queue(RunConfig(out=str(folder), workers=workers), command)["done"] == 2 and len(asked) == processes
+        for place in folder.glob("runs/*"):
+            assert (place / "log.txt").read_text().count("step 00001/00002") == 1, "a run's log is its own"
+            record = json.loads((place / "record.json").read_text())
+            curve, metrics = record["curve"], record["metrics"]
+            found.setdefault(place.name, []).append(curve["loss"] + [metrics[name] for name in ("val_loss", "final_loss", "params")])
+    assert len(found) == 2 and all(together == alone for together, alone in found.values())
 
 
 @pytest.mark.slow
