@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from bio_inspired_nanochat.config import GPTConfig
 
 GIB = 1 << 30
 STAT = Path("/proc/stat")  # what Linux says about the work of all cores
+# glibc's options M_MMAP_THRESHOLD (32 MiB is the most that it takes), M_TRIM_THRESHOLD and M_TOP_PAD, in bytes.
+MALLOPT = ((-3, 1 << 25), (-1, 1 << 30), (-2, 1 << 26))
 WATCH = 0.25  # seconds for which `busy_cores` watches the machine
 
 # Dense bfloat16 matrix products with float32 accumulation, in 1e12 operations per second, from the vendors' data sheets.
@@ -46,6 +49,19 @@ PEAK_TFLOPS = (
     ("RTX 3090", 71.0),
     ("RTX 3080", 59.5),
 )
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the C library keep what a step on the CPU frees for the next one. Of glibc only, and unless MALLOC_* or GLIBC_TUNABLES are set.
+
+    By default it gives large blocks back to the system at once, which then clears the same memory page by page for every step.
+    """
+    if device.type != "cpu" or sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in MALLOPT:
+            mallopt(option, value)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

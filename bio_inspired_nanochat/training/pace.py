@@ -19,7 +19,7 @@ from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.config import COMPILE
 from bio_inspired_nanochat.training.experts import ExpertKeeper
 from bio_inspired_nanochat.training.gradients import WARM_RUNS, Gradients
-from bio_inspired_nanochat.training.hardware import GIB, crowded, static_bytes
+from bio_inspired_nanochat.training.hardware import GIB, crowded, keep_freed_memory, static_bytes
 from bio_inspired_nanochat.training.job import Objective
 from bio_inspired_nanochat.training.parallel import Engine, shard
 from bio_inspired_nanochat.training.plan import Plan
@@ -90,6 +90,7 @@ class Rehearsal:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
+        keep_freed_memory(device)
         self.model = shard(build_model(plan, device), plan, device)
         self.optimizer = build_optimizer(
             *(self.model.named_parameters(), self.model.param_roles(), plan.config.optim),

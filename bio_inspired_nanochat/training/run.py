@@ -29,7 +29,7 @@ from bio_inspired_nanochat.training import faults, guards
 from bio_inspired_nanochat.training.callbacks import Callback, Console, JsonLog
 from bio_inspired_nanochat.training.config import TrainConfig, fill_defaults
 from bio_inspired_nanochat.training.folders import Folders, find_resume, named, take_folders
-from bio_inspired_nanochat.training.hardware import crowded, fitting_rows, peak_memory_gib, total_memory
+from bio_inspired_nanochat.training.hardware import crowded, fitting_rows, keep_freed_memory, peak_memory_gib, total_memory
 from bio_inspired_nanochat.training.job import Job
 from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Generators, Progress
@@ -55,6 +55,7 @@ def run_job(
     run_name: str | None, device: torch.device, prepare: Callable[[Rank], Job], callbacks: Sequence[Callback]
 ) -> tuple[dict[str, Any], Job | None]:
     """Prepare a job and train it, as one process or as one of torchrun's: its record, and the job unless a signal came before its first step."""
+    keep_freed_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of a run before this one in the process
     with process_group(device) as rank, guards.StopSignals() as signals:

@@ -1,6 +1,8 @@
 """From flags to numbers: defaults, batches that divide, what a resumed run inherits."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -210,3 +212,35 @@ def test_other_work_is_what_other_processes_do(monkeypatch, tmp_path):
     hardware.STAT.unlink()
     monkeypatch.setattr(hardware.time, "sleep", lambda seconds: None)
     assert hardware.busy_cores() == 0.0, "a system without it"
+
+
+FAULTS = """
+import ctypes, os, resource, sys, torch
+from bio_inspired_nanochat.training.hardware import keep_freed_memory
+ctypes.CDLL(None).mallopt(-3, 1 << 17)  # where glibc begins: it learns, but not always enough
+if sys.argv[1] == "keep":
+    keep_freed_memory(torch.device("cpu"))
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        blocks = [torch.empty(1 << 21).fill_(1.0) for _ in range(10)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(2)
+print(faults(20))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_memory_that_a_step_frees_is_there_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    ordinary, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, what], env=clean, capture_output=True, text=True, check=True, timeout=120).stdout)
+        for what in ("as it is", "keep")
+    )
+    if ordinary < 20_000:
+        pytest.skip(f"this system clears memory in other pieces: {ordinary} faults")
+    assert kept < ordinary / 4
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: pytest.fail("who sets a variable has decided"))
+    hardware.keep_freed_memory(CPU)

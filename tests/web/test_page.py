@@ -171,6 +171,33 @@ def test_what_people_write_is_text(page):
     assert page.locator(".message.user .body").inner_text().endswith("**not bold**") and page.evaluate("window.hacked") is None
 
 
+def test_what_memory_was_does_not_overwrite_what_it_is(page):
+    until(page, "document.querySelector('#memory-about').textContent === 'empty'")
+    ask(page, "the king")
+    until(page, "document.querySelector('#memory-about').textContent.startsWith('1 answers')")
+    held = []
+
+    def late(route):
+        if route.request.method == "GET" and not held:
+            held.append((route, route.fetch()))
+        else:
+            route.continue_()
+
+    page.route(lambda url: "/memor" in url and not url.endswith("/file"), late)
+    with page.expect_download():
+        page.click("#memory-save")
+    end = time.monotonic() + 15
+    while not held and time.monotonic() < end:
+        page.wait_for_timeout(20)
+    page.click("#memory-reset")
+    until(page, "document.querySelector('#memory-about').textContent === 'empty'")
+    ((route, answer),) = held
+    assert answer.json()["turns"] == 1
+    route.fulfill(response=answer)
+    page.wait_for_timeout(100)
+    assert page.locator("#memory-about").inner_text() == "empty"
+
+
 def test_memory_is_kept_reset_saved_and_loaded(page, tmp_path):
     until(page, "document.querySelector('#memory-about').textContent === 'empty'")
     ask(page, "the king")

@@ -219,7 +219,10 @@ function fresh() {
 
 // --- memory and settings ---------------------------------------------------------------------------------------------------------
 
+let memoryShown = 0; // an answer that is overtaken by a later question's tells of a memory that is gone
+
 async function showMemory() {
+  const asked = ++memoryShown;
   const ids = ["memory", "memory-reset", "memory-save", "memory-load"];
   for (const id of ids) at(id).disabled = !about?.memory;
   if (!about) return;
@@ -229,10 +232,11 @@ async function showMemory() {
   }
   try {
     const { turns, norm } = await api.memory.describe(store.data.memory);
+    if (asked !== memoryShown) return;
     const size = Math.hypot(...norm.flatMap((layer) => Object.values(layer)));
     at("memory-about").textContent = size ? `${turns} answers · fast-weight norm ${size.toPrecision(3)}` : "empty";
   } catch (error) {
-    at("memory-about").textContent = error.message;
+    if (asked === memoryShown) at("memory-about").textContent = error.message;
   }
 }
 
