@@ -54,7 +54,7 @@ def table_rows(found: Findings) -> list[list[Any]]:
         ["training loss, nats per token", *_pair(found, "final_loss", "{:.3f}"), _change(found, "final_loss", "{:+.3f}")],
         ["tokens per second", *_pair(found, "tok_per_s", "{:,.0f}"), _ratio(found, "tok_per_s")],
         ["parameters", *_pair(found, "params", "{:,}"), _change(found, "params", "{:+,}")],
-        ["seconds of training", *_pair(found, "seconds", "{:,.1f}"), _ratio(found, "seconds")],
+        ["seconds of training and evaluation", *_pair(found, "seconds", "{:,.1f}"), _ratio(found, "seconds")],
         ["steps", *_pair(found, "steps", "{:,}"), "the same"],
         ["training tokens", *_pair(found, "tokens", "{:,}"), "the same"],
     ]
