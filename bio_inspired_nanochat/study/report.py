@@ -144,7 +144,7 @@ def _write(out: Path, plan: Mapping[str, Any], records: Records, lines: Sequence
 
 
 def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:+.{digits}f}"
+    return "–" if value is None else f"{value:+z.{digits}f}"
 
 
 def _p(value: float | None) -> str:
@@ -218,7 +218,7 @@ def _set_table(plan: Mapping[str, Any], lines: Sequence[Line], name: str, depth:
         if metric != HEADLINE:
             continue
         views = [by.get((what, condition, reference, f"view.{view}")) for view in VIEWS[1:]]
-        interval = "–" if one.low is None else f"{one.low:+.4f} … {one.high:+.4f}"
+        interval = "–" if one.low is None else f"{one.low:+z.4f} … {one.high:+z.4f}"
         tests = (_p(one.p_t), _p(one.p_holm), _p(one.p_wilcoxon), _number(one.g_z, 2), _p(one.detectable))
         seen = [f"{_number(view.mean)} ({view.verdict})" if view else "–" for view in views]
         rows.append((what, f"{condition} − {reference}", str(len(one.seeds)), _number(one.mean), interval, *tests, one.verdict, *seen))
