@@ -52,8 +52,8 @@ class _Token:
         from bio_inspired_nanochat.kernels import decode_triton
 
         site, cache = self.sites[layer.layer], state.tensors()
-        gate = layer.synapse.gate_drive(x) if site.barrier == "gated" else None
-        y = decode_triton.attend(q, k, v, cache, self.positions, site, gate)
+        gate = (x, layer.synapse.gate_shift(x)) if site.barrier == "gated" else ()
+        y = decode_triton.attend(q, k, v, cache, self.positions, site, *gate)
         if self.ends and site.terminals is not None:
             decode_triton.advance(cache, self.positions, site)
         return y
@@ -76,7 +76,7 @@ class _Reader(nn.Module):
             if value.dtype != dtype
             and (
                 roles[name] in ("matrix", "head", "fast")
-                or (roles[name] == "gate" and value.ndim == 2)
+                or (roles[name] == "gate" and value.ndim == 2 and not name.endswith("synapse.gate_weight"))  # which a site holds
                 or name in ("resid_scale", "x0_scale")
             )
         }
@@ -120,7 +120,8 @@ class GraphDecoder:
     def __init__(self, model: GPT, state: SynapseState, *, capture: bool = True) -> None:
         self._check(model, state)
         with torch.no_grad():
-            self._set_up(state, _Reader(model, state.layers[0].k.dtype), [_site(block.attn) for block in model.blocks], capture)
+            dtype = state.layers[0].k.dtype
+            self._set_up(state, _Reader(model, dtype), [_site(block.attn, dtype) for block in model.blocks], capture)
 
     def follow(self, state: SynapseState) -> GraphDecoder:
         """A decoder of another state of the same model, with the weights of this one."""
@@ -191,8 +192,8 @@ class GraphDecoder:
                 raise NotRecorded(reason(error)) from error
 
 
-def _site(attn: CausalSelfAttention) -> TokenSite:
-    """What of a layer does not change from token to token."""
+def _site(attn: CausalSelfAttention, dtype: torch.dtype) -> TokenSite:
+    """What of a layer does not change from token to token, for activations of this dtype."""
     from bio_inspired_nanochat.kernels.decode_triton import TokenSite
 
     if not isinstance(attn, SynapticCausalSelfAttention):
@@ -202,5 +203,5 @@ def _site(attn: CausalSelfAttention) -> TokenSite:
     strength = None if cfg.barrier == "none" else synapse.strength()
     if cfg.barrier == "linear":
         strength = strength * synapse._slopes(strength.device)
-    gate_bias = synapse.gate_bias if cfg.barrier == "gated" else None
-    return TokenSite(attn.tick, attn.scale, attn.window, cfg.drive, theta, params, cfg.barrier, strength, gate_bias)
+    gate = (synapse.gate_weight.detach().to(dtype), synapse.gate_bias) if cfg.barrier == "gated" else ()
+    return TokenSite(attn.tick, attn.scale, attn.window, cfg.drive, theta, params, cfg.barrier, strength, *gate)

@@ -39,7 +39,8 @@ from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.errors import UserError, nearest
 from bio_inspired_nanochat.gpt import GATE_CHANNELS, GPT, SOFTCAP
 from bio_inspired_nanochat.synaptic import LEAST_SHARE
-from bio_inspired_nanochat.synaptic.layers import QK_SCALE, ROPE_BASE
+from bio_inspired_nanochat.synaptic.glue import QK_SCALE
+from bio_inspired_nanochat.synaptic.layers import ROPE_BASE
 
 # Upstream's name of every parameter and the one here; {i} is the layer.
 NAMES = {

@@ -1,6 +1,7 @@
 """The captured step computes what `GPT.step` computes, on the same state, and takes turns with it at any token."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def windows(device="cpu"):
             assert torch.equal(cache["k"][:, :, now], k[:, :, now]) and torch.equal(cache["v"][:, :, now], v[:, :, now])
 
 
+def gates(device="cpu"):
+    """The running cost of the gate, also of a wide input, and with what mechanisms of one's own add to its logit."""
+    from bio_inspired_nanochat.kernels.decode_triton import TokenSite, attend
+
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, size, 16, generator=make).to(device) for size in (1, 12, 12))
+    x, weight, bias, shift = (torch.randn(*shape, generator=make).to(device) for shape in ((2, 1, 40), (2, 40), (2,), (2, 1, 2)))
+    site = TokenSite(4, 0.25, barrier="gated", strength=torch.ones(2, device=device), gate_weight=weight, gate_bias=bias)
+    for more in (None, shift):
+        cache = {"k": k.clone(), "v": v.clone(), "barrier": torch.full((2, 2, 12), 3.0, device=device, dtype=torch.float64)}
+        attend(q, k[:, :, 9:10], v[:, :, 9:10], cache, torch.tensor([9, 0], device=device), site, x, more)
+        logit = (x @ weight.T)[:, 0] + bias + (0 if more is None else more[:, 0])
+        cost = torch.nn.functional.softplus(-logit).double()
+        want = torch.full_like(cache["barrier"], 3.0)
+        want[0, :, 9], want[1, :, 0] = 3 + cost[0], cost[1]
+        assert (cache["barrier"] - want).abs().max() < 1e-5
+
+
 def rehearsal(device="cpu"):
     """The benchmark reads the same prompt again and again with one decoder."""
     model = model_of("default").to(device)
@@ -184,7 +203,9 @@ def rehearsal(device="cpu"):
 
 def test_a_captured_step_is_an_ordinary_step_in_the_interpreter():
     # one process for all: starting one and making the kernels takes as long as running them
-    run_interpreted("from tests.test_decoding import *\nequality()\nturns()\npoison()\nragged()\nrefusals()\nwindows()\nrehearsal()")
+    run_interpreted(
+        "from tests.test_decoding import *\nequality()\nturns()\npoison()\nragged()\nrefusals()\nwindows()\ngates()\nrehearsal()"
+    )
 
 
 def test_without_triton_the_reason_is_given():
@@ -201,8 +222,10 @@ class Standing(_Token):
 
 
 @pytest.mark.parametrize("case", ["default", "plain experts", "experts"])
-def test_a_step_neither_waits_for_the_host_nor_copies_from_it(case):
+def test_a_step_neither_waits_for_the_host_nor_copies_from_it(case, monkeypatch):
     """What a graph cannot hold. Fast weights, Triton kernels themselves, would be launched."""
+    if importlib.util.find_spec("triton") is not None:
+        monkeypatch.setattr("bio_inspired_nanochat.kernels.glue_triton.launch", lambda *_, **__: None)
     model = model_of(case)
     with phantom_gpu(model):
         reader = _Reader(model, torch.bfloat16)
@@ -247,8 +270,9 @@ def test_captured_and_ordinary_steps_take_turns_on_the_gpu():
 
 
 @pytest.mark.gpu
-def test_windows_on_the_gpu():
+def test_windows_and_gates_on_the_gpu():
     windows("cuda")
+    gates("cuda")
 
 
 @pytest.mark.gpu

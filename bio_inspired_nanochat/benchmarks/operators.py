@@ -21,7 +21,7 @@ from bio_inspired_nanochat.config import GPTConfig, SynapticConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.kernels import PresynParams, fused_attention, num_ticks, presyn, running_sum, tick_biased_attention, tick_drive
 from bio_inspired_nanochat.synaptic import Presynaptic
-from bio_inspired_nanochat.synaptic.layers import QK_SCALE, rms_norm
+from bio_inspired_nanochat.synaptic.glue import QK_SCALE, rms_norm
 from bio_inspired_nanochat.synaptic.presynaptic import GATE_BIAS
 
 MOST_HEADS = 16

@@ -39,9 +39,10 @@ def _log1p(x):
 
 @triton.jit
 def _attend(
-    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, beta_ptr, drive_ptr, theta_ptr, level_ptr, gate_ptr, gate_bias_ptr,
-    strength_ptr, part_ptr, stat_ptr, scale, share, length, heads, group, window, size,
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, position_ptr, beta_ptr, drive_ptr, theta_ptr, level_ptr, x_ptr, gate_ptr, gate_bias_ptr,
+    shift_ptr, strength_ptr, part_ptr, stat_ptr, scale, share, length, heads, group, window, size, width,
     D: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr, TERMINALS: tl.constexpr, KIND: tl.constexpr, BARRIER: tl.constexpr,
+    SHIFTED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: one split of `size` keys of one head. The split of the new token also puts it into the caches."""
     row = tl.program_id(0).to(tl.int64)
@@ -67,10 +68,6 @@ def _attend(
         strength = tl.load(strength_ptr + head)
     if BARRIER == 1:  # costs are counted from the token before the new one, which softmax cancels
         before = tl.load(level_ptr + row * length + now - 1, mask=now > 0, other=0.0)
-        gate = tl.load(gate_ptr + row).to(tl.float32) + tl.load(gate_bias_ptr + head)
-        charge = tl.maximum(-gate, 0.0) + _log1p(tl.exp(-tl.abs(gate)))
-        if newest:
-            tl.store(level_ptr + row * length + now, before + charge.to(tl.float64))
     keys, values = k_ptr + source * length * D, v_ptr + source * length * D
     drives, biases, levels = drive_ptr + row * length, beta_ptr + row * length, level_ptr + row * length
     top, total = float("-inf"), 0.0
@@ -103,6 +100,16 @@ def _attend(
     y = tl.sum(y, 0)
     if newest:
         new_k, new_v = tl.load(new_k_ptr + source * D + d), tl.load(new_v_ptr + source * D + d)
+        if BARRIER == 1:  # the gate's own product: a launch of its own would take longer
+            gate = tl.load(gate_bias_ptr + head)
+            if SHIFTED:
+                gate += tl.load(shift_ptr + row).to(tl.float32)
+            for begin in range(0, width, WIDTH):
+                column = begin + tl.arange(0, WIDTH)
+                entry = tl.load(x_ptr + batch * width + column, mask=column < width, other=0.0).to(tl.float32)
+                gate += tl.sum(entry * tl.load(gate_ptr + head * width + column, mask=column < width, other=0.0).to(tl.float32), 0)
+            charge = tl.maximum(-gate, 0.0) + _log1p(tl.exp(-tl.abs(gate)))
+            tl.store(level_ptr + row * length + now, before + charge.to(tl.float64))
         if head % group == 0:
             tl.store(keys + now * D + d, new_k)
             tl.store(values + now * D + d, new_v)
@@ -203,7 +210,8 @@ class TokenSite:
     """What does not change from token to token in one layer.
 
     theta [H] and terminals: threshold and kinetics, None without terminals. barrier: none, gated or linear; strength [H]: its
-    strength, times the slope for the linear one; gate_bias [H]: summand of the gate's logits. All float32.
+    strength, times the slope for the linear one; gate_weight [H, C] and gate_bias [H]: what maps the layer's input to the gate's
+    logits. All float32, but gate_weight may be bfloat16.
     """
 
     tick: int
@@ -214,6 +222,7 @@ class TokenSite:
     terminals: PresynParams | None = None
     barrier: str = "none"
     strength: Tensor | None = None
+    gate_weight: Tensor | None = None
     gate_bias: Tensor | None = None
 
     @functools.cached_property
@@ -258,13 +267,15 @@ def splits_of(pairs: int, length: int, k: Tensor) -> tuple[int, int]:
 
 
 def attend(
-    q: Tensor, new_k: Tensor, new_v: Tensor, cache: Mapping[str, Tensor], positions: Tensor, site: TokenSite, gate: Tensor | None = None
-) -> Tensor:
+    q: Tensor, new_k: Tensor, new_v: Tensor, cache: Mapping[str, Tensor], positions: Tensor, site: TokenSite,
+    x: Tensor | None = None, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of one new token per row, which joins the caches; its drive joins the open tick of older keys.
 
     q [B, H, 1, D]; new_k, new_v [B, Hkv, 1, D]; positions: int64 with B values, of the new tokens, < L. cache: k, v
     [B, Hkv, L, D]; with terminals beta and open_drive [B, H, L] float32; with the gated barrier the running cost `barrier`
-    [B, H, L] float64. gate: logits of the gate without their bias, B * H values. Returns y [B, H, 1, D]; changes the cache.
+    [B, H, L] float64. For the gated barrier x [B, 1, C], the layer's input, and shift [B, 1, H], what is added to the gate's logits,
+    or None. Returns y [B, H, 1, D]; changes the cache.
     """
     batch, heads, _, dim = q.shape
     k = cache["k"]
@@ -274,12 +285,24 @@ def attend(
     part, stat = q.new_empty(batch * heads, splits, dim, dtype=torch.float32), q.new_empty(batch * heads, splits, 2, dtype=torch.float32)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     seen = {"WINDOW": site.window is not None, "num_warps": 4, "enable_fp_fusion": True}
-    given = [cache.get("beta"), cache.get("open_drive"), site.theta, cache.get("barrier"), gate, site.gate_bias, site.strength]
+    x = None if x is None else x.contiguous()
+    given = [
+        cache.get("beta"),
+        cache.get("open_drive"),
+        site.theta,
+        cache.get("barrier"),
+        x,
+        site.gate_weight,
+        site.gate_bias,
+        shift,
+        site.strength,
+    ]
     launch(
         _attend, (batch * heads, splits),
         q.contiguous(), new_k.contiguous(), new_v.contiguous(), k, cache["v"], positions, *(q if value is None else value for value in given),
-        part, stat, site.scale, 1 / site.tick, length, heads, heads // k.shape[1], site.window or 0, split,
+        part, stat, site.scale, 1 / site.tick, length, heads, heads // k.shape[1], site.window or 0, split, 0 if x is None else x.shape[-1],
         D=dim, K=block, **seen, TERMINALS=site.terminals is not None, KIND=KINDS[site.kind], BARRIER=BARRIERS[site.barrier],
+        SHIFTED=shift is not None, WIDTH=1024 if FAST else 16,
     )  # fmt: skip
     chunk = min(32, triton.next_power_of_2(splits)) if FAST else 1
     launch(_join, (batch * heads, 1), part, stat, positions, y, heads, splits, site.window or 0, split, D=dim, **seen, CHUNK=chunk)

@@ -328,11 +328,11 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -
             argument = argument.dtype
         kinds.append(argument)
     key = (id(kernel), torch.cuda.current_device(), *kinds, *static.values())
+    if alignment % 16:  # compiled for another alignment than the common one
+        key += tuple(argument.data_ptr() % 16 == 0 for argument in arguments if isinstance(argument, Tensor))
     known = _compiled.get(key)
     begin = None if _watched is None else _mark()
-    if alignment % 16:  # compiled for another alignment than the common one
-        compiled = kernel[grid](*arguments, **static)
-    elif known is None:
+    if known is None:
         compiled = kernel[grid](*arguments, **static)
         _compiled[key] = compiled, tuple(static[name] for name in kernel.arg_names[len(arguments) :])
     else:

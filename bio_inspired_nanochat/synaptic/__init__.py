@@ -8,8 +8,9 @@ from bio_inspired_nanochat.synaptic.consolidation import Consolidation, consolid
 from bio_inspired_nanochat.synaptic.engram import Engram
 from bio_inspired_nanochat.synaptic.execution import describe_execution
 from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse
+from bio_inspired_nanochat.synaptic.glue import rms_norm
 from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention, rotary
-from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
+from bio_inspired_nanochat.synaptic.linear import Linear
 from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
 from bio_inspired_nanochat.synaptic.moe import Probe, Routing, SynapticMoE
 from bio_inspired_nanochat.synaptic.postsynaptic import Density, SynapticLinear

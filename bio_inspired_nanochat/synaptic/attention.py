@@ -33,7 +33,8 @@ from bio_inspired_nanochat.kernels import (
     tick_drive,
 )
 from bio_inspired_nanochat.synaptic import native
-from bio_inspired_nanochat.synaptic.layers import QK_SCALE, CausalSelfAttention
+from bio_inspired_nanochat.synaptic.glue import QK_SCALE
+from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
 from bio_inspired_nanochat.synaptic.presynaptic import Presynaptic
 from bio_inspired_nanochat.synaptic.state import Chunk, Extras, LayerState
 
@@ -116,32 +117,33 @@ class SynapticCausalSelfAttention(CausalSelfAttention):
             return y
         stop = chunk.stop
         k, v = state.k[:, :, :stop], state.v[:, :, :stop]
-        if chunk.uniform and chunk.start == 0 and self._opens(q, chunk):
-            return self._open(x, q, k, v, state, chunk)
+        if self._may_open(chunk):
+            terminals = self.synapse.theta_value(), self.synapse.params()
+            if self._fused_obstacle(q, *terminals, Extras(noise=self._noise(chunk))) is None:
+                return self._open(x, q, k, v, *terminals, state, chunk)
         beta = self._advance(q, k, state, chunk) if self.cfg.presyn else None
         if self.cfg.barrier != "none":
             barrier = self._barrier_step(x, state, chunk)
             beta = barrier if beta is None else beta + barrier
         return self._biased(q, k, v, beta, q_start=chunk.start, doc=chunk.doc)
 
-    def _opens(self, q: Tensor, chunk: Chunk) -> bool:
-        """Whether one operator serves the first chunk of all rows."""
-        if self.backend not in ("auto", "fused") or not self.cfg.presyn or chunk.size < self.tick:
-            return False
-        theta, params = self.synapse.theta_value(), self.synapse.params()
-        return self._fused_obstacle(q, theta, params, Extras(noise=self._noise(chunk))) is None
+    def _may_open(self, chunk: Chunk) -> bool:
+        """Whether it is the first chunk of all rows, long enough for one operator."""
+        first = bool(chunk.uniform and chunk.start == 0)
+        return first and chunk.size >= self.tick and self.cfg.presyn and self.backend in ("auto", "fused")
 
     def _noise(self, chunk: Chunk) -> ReleaseNoise | None:
         return None if chunk.noise is None else chunk.noise.at(self.layer, chunk.start // self.tick)
 
-    def _open(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState, chunk: Chunk) -> Tensor:
-        """`attend_step` of the first chunk of all rows."""
+    def _open(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, params: PresynParams, state: LayerState, chunk: Chunk
+    ) -> Tensor:
+        """`attend_step` of the first chunk of all rows, by one operator."""
         cost = None
         if self.cfg.barrier != "none":
             cost = self.synapse.barrier_cost(x)
             if state.barrier is not None:
                 chunk.write(state.barrier, cost.to(state.barrier.dtype).cumsum(-1))
-        theta, params = self.synapse.theta_value(), self.synapse.params()
         options = self._options(cost, chunk.doc, self._noise(chunk))
         y, after, state.beta[:, :, : chunk.stop] = fused_opening(q, k, v, theta, params, self.scale, self._largest, **options)
         for name, value in after.parts().items():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
+from bio_inspired_nanochat.synaptic.glue import mix_norm
 from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention
-from bio_inspired_nanochat.synaptic.linear import rms_norm
 from bio_inspired_nanochat.synaptic.mlp import MLP, SynapticMLP
 from bio_inspired_nanochat.synaptic.moe import SynapticMoE
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
@@ -104,16 +104,14 @@ class Block(nn.Module):
 
     def _enter(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The mixed stream, its normalised form and the addition to the values, if this layer has one."""
-        mix = scales.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        normed = rms_norm(x)
+        x, normed = mix_norm(x, x0, scales)
         return x, normed, None if self.value_embed is None else self.value_embed(idx, normed)
 
     def forward(self, x: Tensor, x0: Tensor, scales: Tensor, idx: Tensor, cos_sin: tuple[Tensor, Tensor], extras: Extras) -> Tensor:
         """Whole sequences: x and x0 [B, T, n_embd], scales [2] of the two, idx [B, T]."""
         x, normed, value_embed = self._enter(x, x0, scales, idx)
-        x = x + self._dropped(self.attn(normed, cos_sin, value_embed, extras))
-        return x + self._dropped(self.mlp(rms_norm(x), extras))
+        x, normed = mix_norm(x, self._dropped(self.attn(normed, cos_sin, value_embed, extras)))
+        return x + self._dropped(self.mlp(normed, extras))
 
     def _dropped(self, x: Tensor) -> Tensor:
         """In training an addition to the residual stream with a share of its values zeroed and the others scaled up."""
@@ -124,8 +122,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """The next chunk of running sequences, x [B, t, n_embd]."""
         x, normed, value_embed = self._enter(x, x0, scales, idx)
-        x = x + self.attn.step(normed, cos_sin, value_embed, state, chunk)
-        return x + self.mlp.step(rms_norm(x), state, chunk)
+        x, normed = mix_norm(x, self.attn.step(normed, cos_sin, value_embed, state, chunk))
+        return x + self.mlp.step(normed, state, chunk)
 
     def init_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """The state of `batch` fresh sequences of at most `length` tokens."""

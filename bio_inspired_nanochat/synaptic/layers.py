@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import tick_biased_attention
 from bio_inspired_nanochat.synaptic import native
-from bio_inspired_nanochat.synaptic.linear import Linear, rms_norm
+from bio_inspired_nanochat.synaptic.glue import rotate_norm
+from bio_inspired_nanochat.synaptic.linear import Linear
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
 from bio_inspired_nanochat.synaptic.state import Arrival, Chunk, Extras, LayerState
 
 Through = Callable[[Linear, Tensor], Tensor]  # runs a projection on an input, for whole sequences or for the next chunk
 
 ROPE_BASE = 100_000.0
-QK_SCALE = 1.2
 
 
 def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,6 @@ def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[:, None, :, None].float() * ROPE_BASE**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the two halves of each head's coordinates, x [B, H, T, D]."""
-    cos, sin = cos_sin
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -63,8 +56,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (through(layer, x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if value_embed is not None:
             v = v + value_embed.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = (rms_norm(apply_rotary(side, cos_sin)) * QK_SCALE for side in (q, k))
-        return q, k, v
+        return *rotate_norm(q, k, cos_sin), v
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], value_embed: Tensor | None, extras: Extras) -> Tensor:
         """Whole sequences from position 0: x [B, T, n_embd] to [B, T, n_embd]."""

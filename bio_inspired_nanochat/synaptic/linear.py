@@ -1,4 +1,4 @@
-"""Linear layers without a bias, and the norm that stands before them."""
+"""Linear layers without a bias."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.synaptic.state import Arrival, Extras, LayerState
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square normalisation over the last dimension of x [..., D], without gains."""
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 class Linear(nn.Linear):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bio_inspired_nanochat.config import GPTConfig
+from bio_inspired_nanochat.synaptic.glue import relu_squared
 from bio_inspired_nanochat.synaptic.linear import Linear
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
 from bio_inspired_nanochat.synaptic.state import Arrival, Extras, LayerState
@@ -25,11 +25,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, extras: Extras | None = None) -> Tensor:
         """Whole sequences, x [B, T, n_embd] to [B, T, n_embd]."""
-        return self.w_out(F.relu(self.w_in(x, extras)).square(), extras)
+        return self.w_out(relu_squared(self.w_in(x, extras)), extras)
 
     def step(self, x: Tensor, state: LayerState, chunk: Arrival) -> Tensor:
         """The next chunk of running sequences, x [B, t, n_embd]; fast weights in `state` advance in place."""
-        return self.w_out.step(F.relu(self.w_in.step(x, state, chunk)).square(), state, chunk)
+        return self.w_out.step(relu_squared(self.w_in.step(x, state, chunk)), state, chunk)
 
 
 class SynapticMLP(MLP):

@@ -26,6 +26,7 @@ from bio_inspired_nanochat.kernels.grouped import combine, dispatch, group_by_ex
 from bio_inspired_nanochat.synaptic import native_moe
 from bio_inspired_nanochat.synaptic.accounts import Accounts
 from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse
+from bio_inspired_nanochat.synaptic.glue import relu_squared
 from bio_inspired_nanochat.synaptic.mlp import SynapticMLP
 from bio_inspired_nanochat.synaptic.state import Arrival, ExpertState, Extras, LayerState, Place
 
@@ -110,7 +111,7 @@ class Experts(nn.Module):
         """x [S, D] through expert [S, k], weighted with gates [S, k] and summed: [S, D]."""
         groups = group_by_expert(expert, len(self.w_in))
         hidden = grouped_linear(dispatch(x, groups, expert.shape[1]), self.w_in.to(x.dtype), groups)
-        return combine(grouped_linear(F.relu(hidden).square(), self.w_out.to(x.dtype), groups), groups, gates)
+        return combine(grouped_linear(relu_squared(hidden), self.w_out.to(x.dtype), groups), groups, gates)
 
 
 class SynapticMoE(SynapticMLP):

@@ -108,11 +108,11 @@ class Presynaptic(nn.Module):
 
     def _raw(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the genome says: stored values by name, and effects (log factor of a positive constant, shift of another)."""
-        gains = next(parameter for name, parameter in self.named_parameters(recurse=False) if name in GAINS)
         if isinstance(self.genome, Xi):
             offsets = self.genome.offsets()
             return {name: offsets[name] + (UNIT if name in self.positive else 0.0) for name in offsets}, {}
         if isinstance(self.genome, Proteins):
+            gains = next(parameter for name, parameter in self.named_parameters(recurse=False) if name in GAINS)
             unit, zero = torch.full_like(gains, UNIT), torch.zeros_like(gains)
             return {**dict.fromkeys(self.positive, unit), **dict.fromkeys(self.shifted, zero)}, self.genome.effects()
         return {name: getattr(self, name) for name in (*self.positive, *self.shifted)}, {}
@@ -199,10 +199,15 @@ class Presynaptic(nn.Module):
 
     def gate_drive(self, x: Tensor) -> Tensor:
         """What moves the gate's logit away from its bias, x [B, T, n_embd] to [B, T, H] in x's dtype: w_h . x and the mechanisms of `extra`."""
-        drive = F.linear(x, self.gate_weight.to(x.dtype))
+        drive, shift = F.linear(x, self.gate_weight.to(x.dtype)), self.gate_shift(x)
+        return drive if shift is None else drive + shift
+
+    def gate_shift(self, x: Tensor) -> Tensor | None:
+        """What the mechanisms of `extra` add to the gate's logit, x [B, T, n_embd] to [B, T, H]; None without any."""
+        shift = None
         for part in self.extra.values():
-            drive = drive + part(x)
-        return drive
+            shift = part(x) if shift is None else shift + part(x)
+        return shift
 
     def _slopes(self, device: torch.device) -> Tensor:
         """Slopes of the linear barrier per head, [H], spread geometrically (Press et al. 2022)."""

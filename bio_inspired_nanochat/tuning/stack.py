@@ -26,8 +26,8 @@ from bio_inspired_nanochat.optim import OptimConfig, Optimizer, build_optimizer
 from bio_inspired_nanochat.registry import active_mechanisms
 from bio_inspired_nanochat.synaptic.attention import SynapticCausalSelfAttention
 from bio_inspired_nanochat.synaptic.block import stream_scales
-from bio_inspired_nanochat.synaptic.layers import QK_SCALE, CausalSelfAttention, apply_rotary, rotary
-from bio_inspired_nanochat.synaptic.linear import rms_norm
+from bio_inspired_nanochat.synaptic.glue import QK_SCALE, apply_rotary, rms_norm
+from bio_inspired_nanochat.synaptic.layers import CausalSelfAttention, rotary
 from bio_inspired_nanochat.synaptic.postsynaptic import POSITIVE as DENSITY_POSITIVE
 from bio_inspired_nanochat.synaptic.postsynaptic import SynapticLinear
 from bio_inspired_nanochat.synaptic.presynaptic import OFFSETS, POSITIVE, Presynaptic

@@ -15,7 +15,8 @@ from tests.kernels import test_compile
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-TYPES = {"new_k_ptr": "*bf16", "new_v_ptr": "*bf16", "gate_ptr": "*bf16", "level_ptr": "*fp64", "position_ptr": "*i64"}
+HALF = ("new_k_ptr", "new_v_ptr", "x_ptr", "gate_ptr", "shift_ptr")
+TYPES = dict.fromkeys(HALF, "*bf16") | {"level_ptr": "*fp64", "position_ptr": "*i64"}
 
 
 def launches():
@@ -28,7 +29,7 @@ def launches():
         (128, {"TERMINALS": True, "BARRIER": 1}),
     ):
         block, _ = decode_triton.splits_of(96, 8192, torch.empty(1, 1, 1, dim, dtype=torch.bfloat16))
-        sizes = {"D": dim, "K": block, "WINDOW": dim > 64, "KIND": own["BARRIER"] // 2, "CHUNK": 32}
+        sizes = {"D": dim, "K": block, "WINDOW": dim > 64, "KIND": own["BARRIER"] // 2, "CHUNK": 32, "SHIFTED": dim > 64, "WIDTH": 1024}
         yield decode_triton._attend, sizes | own
     yield decode_triton._join, sizes
     for cfg in (SynapticConfig.preset("core"), dataclasses.replace(SynapticConfig.preset("full"), lateral_strength=0.0)):
@@ -61,7 +62,16 @@ def test_enough_programs_share_a_multiprocessor_to_keep_its_memory_busy(terminal
 
     types_of(monkeypatch)
     block, _ = decode_triton.splits_of(96, 8192, torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
-    constants = {"D": 64, "K": block, "WINDOW": False, "KIND": 0, "TERMINALS": terminals, "BARRIER": barrier}
+    constants = {
+        "D": 64,
+        "K": block,
+        "WINDOW": False,
+        "KIND": 0,
+        "TERMINALS": terminals,
+        "BARRIER": barrier,
+        "SHIFTED": False,
+        "WIDTH": 1024,
+    }
     binary = test_compile.compiled(decode_triton._attend, 90, constants, tiles.Tile(0, 0, 4, 3))
     used = registers(binary, tmp_path)
     assert -(-used // 8) * 8 * 128 * programs <= 1 << 16, f"{used} registers"
