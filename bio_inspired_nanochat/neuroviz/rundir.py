@@ -25,7 +25,7 @@ class MetricsTail:
     def poll(self) -> list[dict[str, Any]]:
         """The lines that are new since the last call. A file that was replaced (a resumed run) is read from its beginning.
 
-        Raises UserError for a complete line that is no record.
+        Raises UserError for a complete line that is no record, once: the lines around it are in `lines`.
         """
         try:
             with self.path.open("rb") as file:
@@ -40,15 +40,18 @@ class MetricsTail:
             raise UserError(f"{self.path} cannot be read: {error.strerror}") from None
         whole = raw[: raw.rfind(b"\n") + 1]
         self._offset += len(whole)
-        found = []
+        found, damaged = [], []
         for line in whole.splitlines():
             try:
                 record = json.loads(line)
                 record["step"], record["kind"] = int(record["step"]), str(record["kind"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path} holds a line that is no record of training: {line[:60]!r}") from None
+                damaged.append(line)
+                continue
             found.append(record)
         self.lines += found
+        if damaged:
+            raise UserError(f"{self.path} holds a line that is no record of training: {damaged[0][:60]!r}")
         return found
 
 

@@ -89,7 +89,8 @@ def _arithmetic(rng: random.Random) -> Question:
     sign = rng.choice(tuple(_SIGNS))
     a, b = (rng.randint(2, 12), rng.randint(2, 12)) if sign == "*" else (rng.randint(1, 99), rng.randint(1, 99))
     asked = rng.choice(_SUMS).format(f"{a} {rng.choice(_SIGNS[sign])} {b}")
-    return _called(asked, f"{a}{sign}{b}", f"{a}{sign}{b}")
+    first, second = (a, b) if sign == "-" else sorted((a, b))  # 2 + 3 and 3 + 2 are held out together
+    return _called(asked, f"{a}{sign}{b}", f"{first}{sign}{second}")
 
 
 def _counting(rng: random.Random) -> Question:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def test_held_out_questions_are_never_drawn_for_training(name):
     task, rng = TASKS[name], random.Random(1)
     trained = {task.sample(rng, held_out=False).key for _ in range(400)}
     assert trained and not trained & {question.key for question in task.test(100, 0)}
+
+
+def test_a_sum_is_held_out_together_with_its_commuted_twin():
+    rng = random.Random(1)
+    trained = {TASKS["arithmetic"].sample(rng, held_out=False).parts[0].text for _ in range(4000)}
+    held_out = [question.parts[0].text for question in TASKS["arithmetic"].test(200, 0)]
+    twins = {f"{b}{sign}{a}" for a, sign, b in (re.split(r"([+*])", text) for text in held_out if "-" not in text)}
+    assert len(twins) > 50 and not twins & trained
 
 
 def test_embedded_conversations_repeat_and_hold_neither_prompts_nor_held_out_questions():

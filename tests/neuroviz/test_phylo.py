@@ -69,9 +69,11 @@ def test_a_log_is_read_as_it_grows(tmp_path):
     (tmp_path / "new").write_text('{"kind": "step", "step": 9}\n')
     (tmp_path / "new").rename(path)  # as a resumed run does
     assert [line["step"] for line in tail.poll()] == [9] and len(tail.lines) == 1
-    path.write_text("nonsense\n")
+    path.write_text('{"kind": "step", "step": 1}\nnonsense\n{"kind": "step", "step": 2}\n')
+    tail = MetricsTail(tmp_path)
     with pytest.raises(UserError, match="no record of training"):
-        MetricsTail(tmp_path).poll()
+        tail.poll()
+    assert tail.poll() == [] and [line["step"] for line in tail.lines] == [1, 2], "damage hides nothing but itself"
 
 
 # --- the page -----------------------------------------------------------------------------------------------------------------------
