@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
-MOST_MESSAGES = 512
+MOST_MESSAGES = 1 << 14  # a page sends its whole conversation; what is too much text is refused by its bytes
 LONGEST_MESSAGE = 400_000  # characters
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]

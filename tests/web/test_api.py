@@ -172,7 +172,7 @@ def test_what_cannot_be_served_is_named(server, fields, said):
 
 
 def test_old_turns_are_dropped_on_request(server):
-    turns = [{"role": role, "content": "the small bird sang near the river"} for _ in range(30) for role in ("user", "assistant")]
+    turns = [{"role": role, "content": "the small bird sang near the river"} for _ in range(300) for role in ("user", "assistant")]
     body = {"messages": [*turns, *TEXT], "x_synapse": {"overflow": "drop_oldest"}}
     assert server.ask(**body).json()["x_synapse"]["dropped_messages"] > 0
 
