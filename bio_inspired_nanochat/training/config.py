@@ -208,14 +208,14 @@ class TrainConfig:
 
     SECTIONS: ClassVar = {
         "synapses": "model",
-        "num_experts": "experts",
         "syn_preset": "synapses",
         "num_iterations": "training",
-        "on_nonfinite": "faults",
-        "eval_every": "evaluation",
-        "device": "device",
         "data_dir": "data",
         "checkpoint_dir": "folders",
+        "num_experts": "experts",
+        "eval_every": "evaluation",
+        "on_nonfinite": "faults",
+        "device": "device",
         "print_config": "inspection",
     }  # of --help, by their first flags
 
