@@ -250,7 +250,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> Path:
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"checkpoint path {path} does not exist")
+        raise UserError(f"checkpoint path {path} does not exist: give the folder of a step, of a run or of runs")
     if not path.is_dir():
         raise UserError(f"checkpoint path {path} is a file: give the directory that holds it")
     if _is_step(path):

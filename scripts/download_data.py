@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bio_inspired_nanochat.common import print_json_line
+from bio_inspired_nanochat.common import check_writable, print_json_line
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.data.download import DownloadConfig, Patience, download, read_manifest, write_manifest
 from bio_inspired_nanochat.errors import exit_on_user_error
@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse(DownloadConfig, argv, prog="scripts.download_data", description="Fetch shards by a manifest with sizes and sha256.")
         path = Path(config.manifest).expanduser()
         if config.make_manifest:
+            check_writable("manifest", path)
             files = write_manifest(Path(config.make_manifest).expanduser(), config.base_url, path)
             print_json_line({"manifest": str(path), "files": files})
             return

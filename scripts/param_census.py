@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from bio_inspired_nanochat.common import pick_device, print_json_line, progress, say, table, write_atomic
+from bio_inspired_nanochat.common import check_writable, pick_device, print_json_line, progress, say, table, write_atomic
 from bio_inspired_nanochat.config import SynapticConfig, device_knob, knob, knobs_of, validate
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.errors import UserError, exit_on_user_error, nearest
@@ -80,17 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print tables and record. Exit code 1 when a knob changes nothing."""
     with exit_on_user_error():
         config = parse(ParamCensusConfig, argv, prog="scripts.param_census", description="What every knob of a synapse is and changes.")
-        if config.markdown is not None and Path(config.markdown).is_dir():
-            raise UserError(f"markdown={config.markdown!r} is a folder: give a file")
+        markdown = None if config.markdown is None else check_writable("markdown", config.markdown)
         found = take_census(config)
         rows, users = census_rows(found), _user_rows(found)
         table(CensusRow._fields, rows)
         if users:
             say("names from the background documents")
             table(USER_COLUMNS, users)
-        if config.markdown is not None:
+        if markdown is not None:
             shown = markdown_table(rows) + ("\n" + markdown_table(users, USER_COLUMNS) if users else "")
-            write_atomic(Path(config.markdown), shown)
+            write_atomic(markdown, shown)
         faults = {one.name: one.fault for one in found if one.fault}
         if faults:
             print("error: " + "; ".join(f"{name} {fault}" for name, fault in faults.items()), file=sys.stderr, flush=True)

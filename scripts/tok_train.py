@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from bio_inspired_nanochat.common import print_json_line
+from bio_inspired_nanochat.common import check_writable, print_json_line
 from bio_inspired_nanochat.config import knob, validate
 from bio_inspired_nanochat.config.cli import parse
 from bio_inspired_nanochat.data import resolve_data
@@ -34,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, store, print where and how large."""
     with exit_on_user_error():
         config = parse(TokTrainConfig, argv, prog="scripts.tok_train", description="Train a byte-pair tokenizer.")
+        wanted = None if config.out is None else check_writable("out", config.out)
         source = resolve_data(config.data_dir, config.dataset)
+        out = wanted or tokenizer_path(source, config.vocab_size)
         began = time.perf_counter()
         tokenizer = train_tokenizer(source, config.vocab_size, config.max_chars)
         seconds = time.perf_counter() - began
-        out = Path(config.out).expanduser() if config.out else tokenizer_path(source, config.vocab_size)
         tokenizer.save(out)
         print_json_line({"vocab_size": tokenizer.vocab_size, "seconds": round(seconds, 3), "out": str(out), "sha256": tokenizer.sha256})
 

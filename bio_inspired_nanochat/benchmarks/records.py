@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bio_inspired_nanochat.benchmarks.timing import Spread
-from bio_inspired_nanochat.common import compute_dtype, say, write_atomic
+from bio_inspired_nanochat.common import check_writable, compute_dtype, say, write_atomic
 from bio_inspired_nanochat.errors import UserError
 
 MIB = 1 << 20
@@ -75,6 +75,8 @@ def check_record_path(path: str | None) -> None:
     """UserError for a place that cannot take the record, before anything is measured."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise UserError(f"json={path!r} is not a file in an existing folder: give --json=FILE")
+    if path is not None:
+        check_writable("json", path)
 
 
 def keep_record(path: str | None, record: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from bio_inspired_nanochat.training.clock import wait_for_device
 from bio_inspired_nanochat.training.hardware import GIB
 from bio_inspired_nanochat.training.pace import Rehearsal
 from bio_inspired_nanochat.training.plan import Plan, make_plan
-from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, process_group
+from bio_inspired_nanochat.training.ranks import broadcast, process_group
 
 _KINDS, _WAYS = ("vanilla", "synaptic"), ("ddp", "fsdp")
 _TRAINING = knobs_of(TrainConfig)
@@ -103,7 +103,6 @@ def bench_scaling(config: BenchScalingConfig) -> dict[str, Any]:
         command = "torchrun --standalone --nproc_per_node=2 -m scripts.bench_scaling"
         raise UserError(f"one process has nothing to scale to: start several by {command}")
     check_record_path(config.json)
-    check_device_count(config.device)
     device = pick_device(config.device)
     with process_group(device) as rank:
         rows = broadcast(_rows(config, device))

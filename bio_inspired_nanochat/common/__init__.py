@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bio_inspired_nanochat.common.console import progress, say, table
-from bio_inspired_nanochat.common.files import base_dir, print_json_line, sha256_file, write_atomic
+from bio_inspired_nanochat.common.files import base_dir, check_writable, print_json_line, sha256_file, write_atomic
 from bio_inspired_nanochat.common.rank import Rank, this_rank
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "aside",
     "base_dir",
     "capture",
+    "check_writable",
     "compute_dtype",
     "cut_like",
     "fill",

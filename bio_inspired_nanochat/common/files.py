@@ -43,6 +43,24 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
+def check_writable(flag: str, path: str | Path) -> Path:
+    """The path of a file that a flag names, its folder made; to be asked before the work whose outcome goes there.
+
+    Raises UserError when no file can be written there, which is tried.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{flag}={str(path)!r} is a folder: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise UserError(f"{flag}={str(path)!r} cannot be written ({error.strerror}): give a file in a writable folder") from None
+    return path
+
+
 def _umask() -> int:
     """The process's file mode mask; reading it means setting it."""
     mask = os.umask(0)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from bio_inspired_nanochat.config.knobs import REQUIRED, Kind, Knob, check_path, check_value, format_number, kinds_of, knobs_of
+from bio_inspired_nanochat.config.knobs import REQUIRED, Kind, Knob, check_path, check_value, format_number, kinds_of, knobs_of, sections_of
 from bio_inspired_nanochat.errors import UserError, nearest
 
 Config = TypeVar("Config")
@@ -320,12 +320,15 @@ def _wrapped(text: str, indent: int = 0) -> str:
 
 
 def _sections(cls: type, flags: dict[str, Flag]) -> dict[str, str]:
-    """The section that each flag of the config itself is shown in, from `SECTIONS` of its class: a title, one word, by its first flag."""
-    titles, found, title = getattr(cls, "SECTIONS", {}), {}, ""
-    for path in flags:
-        title = titles.get(path, title)
-        if title and "." not in path:
-            found[path] = title
+    """The section that each flag is shown in, from `sections_of` its config; a flag of a config without sections has none."""
+    found: dict[str, str] = {}
+    for title, names in sections_of(cls).items():
+        for name in names:
+            if kinds_of(cls)[name].nested:
+                inside = {path.partition(".")[2]: flag for path, flag in flags.items() if path.startswith(f"{name}.")}
+                found |= {f"{name}.{path}": inner for path, inner in _sections(kinds_of(cls)[name].base, inside).items()}
+            elif title and name in flags:
+                found[name] = title
     return found
 
 
@@ -349,7 +352,10 @@ def _run_tyro(
     if sections:
         groups: dict[str, Any] = {}
         for title in dict.fromkeys(sections.values()):
-            inside = _view(title, "", {path: flag for path, flag in flags.items() if sections.get(path) == title}, defaults)
+            leaves = [
+                (f"leaf{i}", _leaf(path, flags[path], defaults[path]), None) for i, path in enumerate(flags) if sections.get(path) == title
+            ]
+            inside = dataclasses.make_dataclass(title, leaves)
             groups[title] = Annotated[inside, tyro.conf.OmitArgPrefixes]
         rest = _view("Flags", "", {path: flag for path, flag in flags.items() if path not in sections}, defaults)
         fields = [(name, kind, dataclasses.field(default_factory=typing.get_args(kind)[0])) for name, kind in groups.items()]
@@ -359,9 +365,6 @@ def _run_tyro(
 
 def _view(title: str, prefix: str, flags: dict[str, Flag], defaults: dict[str, Any]) -> type:
     """The dataclass that tyro sees: the same tree of flags, each with its reader and its help text."""
-    import tyro
-    from tyro.constructors import PrimitiveConstructorSpec
-
     fields: dict[str, Any] = {}
     for path, flag in flags.items():
         if not path.startswith(prefix):
@@ -372,16 +375,23 @@ def _view(title: str, prefix: str, flags: dict[str, Flag], defaults: dict[str, A
                 nested = _view(name, f"{prefix}{name}.", flags, defaults)
                 fields[name] = (name, nested, dataclasses.field(default_factory=nested))
             continue
-        spec = PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=_metavar(flag),
-            instance_from_str=lambda texts, flag=flag: _convert(flag, texts[0]),
-            is_instance=lambda _: True,
-            str_from_instance=lambda value, flag=flag: [_default_text(flag, value)],
-        )
-        shown = tyro.conf.arg(name=name, help=flag.record.doc, help_behavior_hint=_facts(flag, defaults[path]))
-        fields[name] = (name, Annotated[Any, spec, shown], dataclasses.field(default=None))
+        fields[name] = (name, _leaf(name, flag, defaults[path]), dataclasses.field(default=None))
     return dataclasses.make_dataclass(title, list(fields.values()))
+
+
+def _leaf(name: str, flag: Flag, default: Any) -> Any:
+    """One flag as tyro sees it: its name, its reader, its help text."""
+    import tyro
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=_metavar(flag),
+        instance_from_str=lambda texts: _convert(flag, texts[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [_default_text(flag, value)],
+    )
+    return Annotated[Any, spec, tyro.conf.arg(name=name, help=flag.record.doc, help_behavior_hint=_facts(flag, default))]
 
 
 def _metavar(flag: Flag) -> str:

@@ -116,8 +116,23 @@ def dtype_knob(what: str = "activations") -> Any:
 
 
 def knobs_of(config: Any) -> dict[str, Knob]:
-    """The Knob of every field of a config class or instance, in order of definition."""
-    return {f.name: f.metadata["knob"] for f in dataclasses.fields(config) if "knob" in f.metadata}
+    """The Knob of every field of a config class or instance, section by section (`sections_of`), else in order of definition."""
+    found = {f.name: f.metadata["knob"] for f in dataclasses.fields(config) if "knob" in f.metadata}
+    return {name: found[name] for names in sections_of(config).values() for name in names if name in found}
+
+
+def sections_of(config: Any) -> dict[str, list[str]]:
+    """The names of all fields under the title of their section, one word, in the order in which people should read them.
+
+    `SECTIONS` of the class names each title by the first field of its section and orders them; without it all stand under "".
+    """
+    titles: dict[str, str] = getattr(config, "SECTIONS", {})
+    found: dict[str, list[str]] = {title: [] for title in ("", *titles.values())}
+    title = ""
+    for field in dataclasses.fields(config):
+        title = titles.get(field.name, title)
+        found[title].append(field.name)
+    return found
 
 
 @dataclass(frozen=True)

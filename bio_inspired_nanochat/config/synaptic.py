@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from bio_inspired_nanochat.config.experts import ExpertConfig
 from bio_inspired_nanochat.config.knobs import from_dict, knob, validate
@@ -251,6 +252,19 @@ class SynapticConfig(ExpertConfig):
     )
     fast_init: bool = knob(False, "the fast weights of a new sequence are learned, not zero", off=False)
     extra: tuple[str, ...] = knob((), "mechanisms of your own that are on, from the files of NANOCHAT_MECHANISMS", off=())
+
+    SECTIONS: ClassVar = {
+        "tick": "terminals",
+        "buffer": "parts",
+        "stochastic_train_frac": "randomness",
+        "genome": "genome",
+        "aux_energy": "losses",
+        "hebb": "memory",
+        "extra": "extensions",
+        "router_identity": "routing",
+        "bank_gain": "accounts",
+        "split_health_min": "lifecycle",
+    }  # of --help and of the tables, by their first knobs
 
     def __post_init__(self) -> None:
         validate(self, prefix="syn_cfg.")

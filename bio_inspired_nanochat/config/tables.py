@@ -24,14 +24,15 @@ def knob_table(cls: type, prefix: str = "") -> list[KnobRow]:
     """A row for every field of a config class, nested configs included under their dotted names."""
     rows: list[KnobRow] = []
     records, kinds = knobs_of(cls), kinds_of(cls)
-    for field in dataclasses.fields(cls):
-        record = records[field.name]
-        if kinds[field.name].nested:
-            rows += knob_table(kinds[field.name].base, f"{prefix}{field.name}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, record in records.items():
+        if kinds[name].nested:
+            rows += knob_table(kinds[name].base, f"{prefix}{name}.")
             continue
-        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        bounds = "0 or 1" if kinds[field.name].base is bool else record.bounds()
-        rows.append(KnobRow(prefix + field.name, default_text(made, record), bounds, record.unit, record.doc, record.analogue))
+        factory = fields[name].default_factory
+        made = factory() if factory is not dataclasses.MISSING else fields[name].default
+        bounds = "0 or 1" if kinds[name].base is bool else record.bounds()
+        rows.append(KnobRow(prefix + name, default_text(made, record), bounds, record.unit, record.doc, record.analogue))
     return rows
 
 

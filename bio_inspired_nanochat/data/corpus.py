@@ -52,7 +52,7 @@ def write_corpus(
             _publish(stage, out)
     except OSError as error:
         if error.errno in _UNWRITABLE:
-            raise UserError(f"out={out} cannot be written: {error.strerror}") from None
+            raise UserError(f"out={out} cannot be written ({error.strerror}): free space, or choose a writable folder") from None
         raise
     return info
 
@@ -109,8 +109,11 @@ def _batches(bins: list[Path], size: float) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _stage(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, removed at the end if it is still there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}): choose a writable folder") from None
     try:
         yield stage
     finally:

@@ -64,14 +64,14 @@ def list_shards(folder: Path) -> list[Path]:
     if folder.is_file():
         if folder.suffix != ".parquet":
             raise UserError(
-                f"data_dir={folder} is not a folder of parquet shards: convert it with python -m scripts.prepare_data --input {folder}"
+                f"data_dir={folder} is not a folder of parquet shards: convert it with python -m scripts.prepare_data --input={folder} --out=DIR"
             )
         return [folder]
     files = [path for path in folder.glob("*.parquet") if path.is_file() and not path.name.startswith(".")]
     files = [path for path in files if path.name.startswith("shard_")] or files
     if not files:
         raise UserError(
-            f"data_dir={folder} has no *.parquet files: make shards with python -m scripts.prepare_data --input {folder} --out DIR"
+            f"data_dir={folder} has no *.parquet files: make shards with python -m scripts.prepare_data --input={folder} --out=DIR"
         )
     return sorted(files, key=lambda path: [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]+)", path.name))])
 

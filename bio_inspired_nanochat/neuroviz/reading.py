@@ -21,7 +21,10 @@ from bio_inspired_nanochat.evaluation.bpb import evaluating
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import Extras
 
-SENTENCE = "The king said to his friend that the bird sang near the river, and the king said that the bird sang well."
+SENTENCE = (  # long enough for several ticks
+    "The king said to his friend that the bird sang near the river, and the king said that the bird sang well. "
+    "The friend said to the king that the river near the bird was cold, and that the bird sang for the king."
+)
 
 
 @dataclass(frozen=True)

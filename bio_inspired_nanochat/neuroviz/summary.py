@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bio_inspired_nanochat.neuroviz.rundir import METRICS, MetricsTail
+from bio_inspired_nanochat.synaptic import GAINS
 from bio_inspired_nanochat.training.metrics import SCALARS
 
 POINTS = 400
 QUIET = 600.0  # seconds without a new line after which a run without an end is called silent
+LEARNED = {"gains": "", "time_constants": "tokens"}  # with their units
 SHOWN_FLAGS = ("depth", "n_embd", "max_seq_len", "synapses", "syn_preset", "num_experts", "splitmerge_every", "num_iterations", "seed")
 
 
@@ -95,12 +97,13 @@ def _rows(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, float | None]
 
 
 def _constants(line: dict[str, Any]) -> dict[str, float | None]:
-    """Mean time constants per layer."""
+    """Mean time constants and output gains per layer."""
     found = {}
     for layer, values in enumerate(line["constants"]):
         for name, heads in values.items():
-            if name.startswith("tau_") and None not in heads:
-                found[f"time_constants/{name}/layer{layer}"] = sum(heads) / len(heads)
+            kind = "gains" if name in GAINS else "time_constants" if name.startswith("tau_") else None
+            if kind is not None and None not in heads:
+                found[f"{kind}/{name}/layer{layer}"] = sum(heads) / len(heads)
     return found
 
 
@@ -123,10 +126,11 @@ def _charts(sources: dict[str, Any]) -> list[dict[str, Any]]:
                 charts.append(
                     {"tag": metric.tag, "unit": metric.unit, "about": metric.meaning, "group": metric.group, "source": name, "tags": own}
                 )
-        for constant in dict.fromkeys(tag.rsplit("/", 1)[0] for tag in source["y"] if tag.startswith("time_constants/")):
-            own = [tag for tag in source["y"] if tag.startswith(f"{constant}/")]
-            about = "learned time constant, mean over the heads of a layer"
-            charts.append({"tag": constant, "unit": "tokens", "about": about, "group": "learned", "source": name, "tags": own})
+        for kind, unit in LEARNED.items():
+            for constant in dict.fromkeys(tag.rsplit("/", 1)[0] for tag in source["y"] if tag.startswith(f"{kind}/")):
+                own = [tag for tag in source["y"] if tag.startswith(f"{constant}/")]
+                about = f"learned {kind.replace('_', ' ')[:-1]}, mean over the heads of a layer"
+                charts.append({"tag": constant, "unit": unit, "about": about, "group": "learned", "source": name, "tags": own})
     return charts
 
 

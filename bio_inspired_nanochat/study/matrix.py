@@ -330,7 +330,8 @@ def subset(matrix: Matrix, names: Sequence[str]) -> Matrix:
     """The named conditions, what they are matched to, and the comparisons between them. Raises UserError for an unknown name."""
     for name in names:
         if name not in matrix.aliases:
-            raise UserError(f"conditions={name!r} is not part of the chosen sets{nearest(name, matrix.aliases)}: see `eval_matrix plan`")
+            known = ", ".join(matrix.aliases)
+            raise UserError(f"conditions={name!r} is not part of the chosen sets: one of {known}{nearest(name, matrix.aliases)}")
     found = Matrix()
     names = [matrix.aliases[name] for name in names]
     wanted = {*names} | {matrix.conditions[name].match.partition(":")[2] for name in names}

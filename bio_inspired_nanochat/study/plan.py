@@ -357,7 +357,7 @@ def _describe(config: PlanConfig, cells: list[Cell], runs: list[dict[str, Any]],
     short = sorted({run["depth"] for run in runs if run["tokens"] < fewest_tokens(run["depth"])})
     if short and not config.smoke:
         say(f"notice: depth {', '.join(map(str, short))}: fewer tokens than the least for a table: the report lists these runs apart")
-    if len(config.seeds) < FEWEST_SEEDS and not config.smoke:
+    if len(config.seeds) < FEWEST_SEEDS:
         say(f"notice: {len(config.seeds)} seeds are fewer than {FEWEST_SEEDS}: nothing of this plan can enter a table")
     if config.budget_minutes:
         done, fitting = 0.0, 0

@@ -79,7 +79,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
         raise UserError(f"out={str(folder)!r} cannot be written ({error.strerror}): make it writable") from None
     headline = [line for line in lines if line.metric == HEADLINE]
     shown = [(line.set, line.depth, line.what, _number(line.result.mean), line.result.verdict) for line in headline]
-    table(("set", "depth", "what differs", "nats", "by the rule"), shown)
+    if shown:
+        table(("set", "depth", "what differs", "nats", "by the rule"), shown)
     counts = {verdict: sum(one.verdict == verdict for one in scores) for verdict in VERDICTS}
     say(f"{len(records.counted)} runs count, {len(records.apart)} are listed apart, {len(records.missing)} are missing")
     return {

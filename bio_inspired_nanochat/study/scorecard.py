@@ -68,7 +68,7 @@ def score(
                 tried.append(Score(one.id, depth, "failure", None, "", f"training of {one.condition} diverged", tuple(lost)))
             else:
                 tried.append(_at_depth(one, depth, _Look(values.get(depth, {}), aliases, rule)))
-        found += tried or [Score(one.id, None, "not measured", None, "", "no run is large enough to count")]
+        found += tried or [Score(one.id, None, "not measured", None, "", "no run counts: each is missing, failed or listed apart")]
     return found
 
 

@@ -132,12 +132,14 @@ class Console(Callback):
     _bar: Progress | None = None
 
     def on_start(self, run: Run) -> None:
-        """Begin the bar, on a terminal."""
+        """Begin the bar, on a terminal; a run that is complete already is said to be."""
         self._width = len(str(run.total_steps)) if run.total_steps > 99_999 else 5
         self._total = run.total_steps
         self._display = contextlib.ExitStack()
         if on_terminal():
             self._bar = self._display.enter_context(progress(run.total_steps, "train", "steps", start=run.start_step))
+        if run.start_step >= run.total_steps:
+            say(f"notice: step {run.start_step} of {run.total_steps} is done, nothing is left to train: give a larger --num_iterations")
 
     def after_update(self, step: int, model: nn.Module, optimizer: Any) -> None:
         """Move the bar."""
@@ -185,6 +187,15 @@ class Console(Callback):
     def on_save(self, step: int, path: Path) -> None:
         """Print where the checkpoint is."""
         say(f"saved {step:0{self._width}d} | {path}")
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        """Print why a run ends before its last step, and how it goes on."""
+        stopped, step = result["stopped"], result["steps"]
+        if stopped in (None, "stop_after"):
+            return
+        done = f"end {step:0{self._width}d} | {stopped} ends the run at step {step} of {self._total}"
+        time = " and a larger --max_minutes" if stopped == "max_minutes" else ""
+        say(done + (f": the same command with --resume=auto{time} goes on from there" if result["checkpoint"] else ""))
 
 
 def step_line(record: StepRecord, total: int, width: int = 5) -> str:

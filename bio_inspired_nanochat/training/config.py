@@ -34,7 +34,7 @@ class TrainConfig:
 
     synapses: bool = knob(False, "replace every attention layer by a synaptic one", off=False)
     depth: int | None = knob(None, "the one dial: number of layers, the width follows; auto is 4 on a CPU, 12 on a GPU", lo=1, hi=256)
-    n_embd: int | None = knob(None, "width; auto is 64 per layer, rounded up to the head size", lo=8, hi=65536, aliases=("width",))
+    n_embd: int | None = knob(None, "width, rounded up to whole heads; auto is 64 per layer", lo=8, hi=65536, aliases=("width",))
     head_dim: int | None = knob(None, "size of an attention head; auto is 64, from depth 16 on 128", lo=2, hi=1024)
     n_kv_head: int | None = knob(None, "key and value heads; fewer than the query heads share keys; auto is all of them", lo=1, hi=1024)
     max_seq_len: int | None = knob(
@@ -208,14 +208,14 @@ class TrainConfig:
 
     SECTIONS: ClassVar = {
         "synapses": "model",
-        "num_experts": "experts",
         "syn_preset": "synapses",
         "num_iterations": "training",
-        "on_nonfinite": "faults",
-        "eval_every": "evaluation",
-        "device": "device",
         "data_dir": "data",
         "checkpoint_dir": "folders",
+        "num_experts": "experts",
+        "eval_every": "evaluation",
+        "on_nonfinite": "faults",
+        "device": "device",
         "print_config": "inspection",
     }  # of --help, by their first flags
 

@@ -49,13 +49,6 @@ def process_group(device: torch.device) -> Iterator[Rank]:
         dist.destroy_process_group()
 
 
-def check_device_count(name: str) -> None:
-    """UserError when torchrun started more processes on this machine than it has GPUs."""
-    rank = this_rank()
-    if name == "cuda" and rank.local >= torch.cuda.device_count():
-        raise UserError(f"nproc_per_node is larger than the {torch.cuda.device_count()} visible GPUs: start one process per GPU")
-
-
 def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not _several():

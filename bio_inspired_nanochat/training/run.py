@@ -35,7 +35,7 @@ from bio_inspired_nanochat.training.loop import Trainer
 from bio_inspired_nanochat.training.loopstate import Generators, Progress
 from bio_inspired_nanochat.training.parallel import load_weights, shard
 from bio_inspired_nanochat.training.plan import Plan, check_memory, given_fields, inherit, make_plan
-from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, gather, on_rank0, process_group
+from bio_inspired_nanochat.training.ranks import broadcast, gather, on_rank0, process_group
 
 
 def train(config: TrainConfig, callbacks: Sequence[Callback] = (), given: set[str] | None = None) -> dict[str, Any]:
@@ -46,7 +46,6 @@ def train(config: TrainConfig, callbacks: Sequence[Callback] = (), given: set[st
     Raises UserError for everything that a user can fix: values, paths, memory, divergence.
     """
     given = given_fields(config) if given is None else given
-    check_device_count(config.device)
     device = pick_device(config.device)
     return run_job(config.run_name, device, lambda rank: prepare(config, device, rank, given), callbacks)[0]
 

@@ -34,7 +34,7 @@ from bio_inspired_nanochat.training.folders import Folders, find_resume, named, 
 from bio_inspired_nanochat.training.job import Job
 from bio_inspired_nanochat.training.loopstate import Progress
 from bio_inspired_nanochat.training.plan import Plan, given_dtype, graph_setting, inherit, whole_forwards
-from bio_inspired_nanochat.training.ranks import broadcast, check_device_count, on_rank0
+from bio_inspired_nanochat.training.ranks import broadcast, on_rank0
 from bio_inspired_nanochat.training.run import build_model, register_states, reload, restore, run_job, save
 from bio_inspired_nanochat.training.tuneconfig import TuneConfig, tuned_config
 
@@ -49,7 +49,6 @@ def tune(config: TuneConfig, callbacks: Sequence[Callback] = (), given: set[str]
     callbacks, given: as for `run.train`. Raises UserError for everything that a user can fix.
     """
     given = _differing(config) if given is None else given
-    check_device_count(config.device)
     device = pick_device(config.device)
     result, job = run_job(config.run_name, device, lambda rank: prepare(config, device, rank, given), callbacks)
     if job is None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bio_inspired_nanochat.common import say, stable_hash, table
+from bio_inspired_nanochat.common import check_writable, say, stable_hash, table
 from bio_inspired_nanochat.config import SynapticConfig, from_dict
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.tuning.config import BestConfig, OptimizeConfig, ReportConfig
@@ -38,7 +38,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
 
 def best(config: BestConfig) -> dict[str, Any]:
     """Write the preset file, with the outcome of the paired test in it; returns the script's last line."""
-    folder = Path(config.run_dir)
+    folder, out = Path(config.run_dir), check_writable("out", config.out)
     found = json.loads(_read(folder / "best_params.json"))
     run = from_dict(OptimizeConfig, json.loads(_read(folder / "config.json"))["config"])
     winner = from_dict(SynapticConfig, found["syn_cfg"], prefix="syn_cfg.")
@@ -49,8 +49,10 @@ def best(config: BestConfig) -> dict[str, Any]:
         p = sign_flip(differences)
         wins = all(map(math.isfinite, differences)) and statistics.fmean(differences) < 0 and p <= 0.05
         about["confirmed"] = {"differences": differences, "mean": statistics.fmean(differences), "p": p, "wins": wins}
-        say(f"{config.confirm_seeds} fresh seeds: mean difference {statistics.fmean(differences):+.4g}, p = {p:.3g} (paired, one-sided)")
-    write_preset(Path(config.out).expanduser(), winner, about)
+        verdict = "better than the start" if wins else "not shown to be better than the start"
+        numbers = f"mean difference {statistics.fmean(differences):+.4g}, p = {p:.3g} (paired, one-sided)"
+        say(f"{config.confirm_seeds} fresh seeds: {verdict}, {numbers}")
+    write_preset(out, winner, about)
     say(f"wrote {config.out}: train with --synapses=1 --syn_preset={config.out}")
     return about | {"out": config.out, "values": found["values"]}
 

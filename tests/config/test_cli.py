@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -254,6 +255,22 @@ def test_help_has_a_heading_per_section(capsys: pytest.CaptureFixture[str]) -> N
         page.index(text) for text in ("model options", "--depth INT", "--n_embd INT", "training options", "--lr FLOAT", "--note TEXT")
     ]
     assert places == sorted(places)
+
+
+def test_help_of_synapses_begins_with_terminals_and_ends_with_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    page = shown(capsys, "--help=syn_cfg")
+    parts = (
+        "terminals options",
+        "--syn_cfg.tick",
+        "parts options",
+        "--syn_cfg.buffer",
+        "memory options",
+        "--syn_cfg.hebb",
+        "routing options",
+    )
+    places = [page.index(text) for text in (*parts, "--syn_cfg.router_identity", "lifecycle options", "--syn_cfg.split_health_min")]
+    assert places == sorted(places)
+    assert page.count("--syn_cfg.") == len(dataclasses.fields(SynapticConfig))
 
 
 def test_long_bounds_are_powers() -> None:

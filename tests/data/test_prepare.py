@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,12 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="cannot be written"):
         _prepare(path, out / "mine.txt" / "sub")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a folder in which even root can make nothing")
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^out=/proc/out cannot be written \(.*\): choose a writable folder$"):
+        _prepare(_write(tmp_path / "in.jsonl", TEXTS), Path("/proc/out"))
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:

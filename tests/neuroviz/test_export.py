@@ -22,7 +22,10 @@ def test_the_summary_holds_what_the_log_says(trained):
     source = seen["sources"]["vitals"]
     assert source["x"] == [line["step"] for line in looks]
     assert source["y"]["rrp_mean/layer1"] == [pytest.approx(line["layers"]["rrp_mean"][1], rel=1e-4) for line in looks]
-    assert {"train/loss", "val/bpb", "calcium_mean", "experts/population", "neuroscore/best"} <= {chart["tag"] for chart in seen["charts"]}
+    gains = [sum(held) / len(held) for held in (line["constants"][1]["gain_release"] for line in looks)]
+    assert source["y"]["gains/gain_release/layer1"] == [pytest.approx(gain, rel=1e-4) for gain in gains]
+    tags = {chart["tag"] for chart in seen["charts"]}
+    assert {"train/loss", "val/bpb", "calcium_mean", "experts/population", "neuroscore/best", "gains/gain_release"} <= tags
     assert sorted(row["id"] for row in seen["experts"]) == sorted(row["id"] for row in looks[-1]["experts"])
     assert seen["experts"][0]["contribution"] == max(row["contribution"] for row in looks[-1]["experts"])
     assert str(RunFolder(trained.logs).checkpoint()) == trained.record["checkpoint"]

@@ -75,7 +75,7 @@ def test_a_baseline_is_in_the_same_code() -> None:
 def test_names_that_do_not_exist_are_one_line() -> None:
     with pytest.raises(UserError, match=r"mechanism='presin'.*did you mean 'presyn'"):
         Options(mechanisms=("presin",))
-    with pytest.raises(UserError, match=r"conditions='all_off' is not part"):
+    with pytest.raises(UserError, match=r"conditions='all_off' is not part of the chosen sets: one of vanilla, .*did you mean 'all_on'"):
         subset(full(), ["all_off"])
     with pytest.raises(UserError, match="each once"):
         PlanConfig(seeds=(1, 1))
@@ -114,6 +114,14 @@ def test_matches_are_within_two_percent_and_shown(tmp_path: Path) -> None:
     )
     assert abs(runs["vanilla_params_all_on"]["params"] / runs["all_on"]["params"] - 1) <= 0.02
     assert len(plan["matches"]) == 2 and "%" in plan["matches"]["vanilla_flops_all_on at depth 2"]
+
+
+@pytest.mark.parametrize(("seeds", "told"), [((0, 1), True), ((0, 1, 2), False)])
+def test_too_few_seeds_are_told_of_before_the_runs_in_a_smoke_test_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seeds: tuple[int, ...], told: bool
+) -> None:
+    make_matrix_plan(PlanConfig(**TINY | {"seeds": seeds, "conditions": ("default",)}, out=str(tmp_path)))
+    assert ("notice: 2 seeds are fewer than 3: nothing of this plan can enter a table" in capsys.readouterr().out) is told
 
 
 def test_a_match_that_is_too_far_off_is_refused(tmp_path: Path) -> None:

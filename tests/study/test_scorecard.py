@@ -200,7 +200,7 @@ def test_relearning_comes_from_a_memory_study(tmp_path: Path) -> None:
         return one["verdict"], one["why"]
 
     assert [judged(gain)[0] for gain in (0.1, -0.1)] == ["success", "failure"]
-    assert judged(0.1, failed="loss is nan") == ("not measured", "no run is large enough to count")
+    assert judged(0.1, failed="loss is nan") == ("not measured", "no run counts: each is missing, failed or listed apart")
     for content in ("", "[1]\n", '{"task": "switching"}\n'):
         file.write_text(content)
         with pytest.raises(UserError, match="is damaged"):

@@ -148,8 +148,15 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     assert signal.getsignal(number) == before
 
 
-def test_time_ends_the_run_with_an_evaluation(tmp_path):
+def test_a_gpu_that_is_not_there_is_no_matter_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda is not usable: .*; use --device=cpu"):
+        train(small(tmp_path, device="cuda"))
+
+
+def test_time_ends_the_run_with_an_evaluation(tmp_path, capsys):
     record = train(small(tmp_path, num_iterations=100_000, max_minutes=0.02))
+    assert "of 100000: the same command with --resume=auto and a larger --max_minutes goes on from there\n" in capsys.readouterr().out
     assert record["stopped"] == "max_minutes" and 0 < record["steps"] < 100_000
     assert record["val_bpb"] > 0 and record["checkpoint"]
 

@@ -123,7 +123,7 @@ def test_a_checkpoint_that_lacks_the_position_of_a_process_is_refused(tmp_path):
         run(small(tmp_path, resume="3"))
 
 
-def test_what_a_signal_prevented_is_done_by_the_run_that_resumes(tmp_path):
+def test_what_a_signal_prevented_is_done_by_the_run_that_resumes(tmp_path, capsys):
     class Signal(Callback):
         def after_update(self, step, model, optimizer) -> None:
             if step == 4:
@@ -133,6 +133,9 @@ def test_what_a_signal_prevented_is_done_by_the_run_that_resumes(tmp_path):
     whole = train(small(tmp_path / "a", **changes), [Losses()])
     first = train(small(tmp_path / "b", **changes), [Signal()])
     assert first["stopped"] == "SIGTERM" and first["steps"] == 4
+    out = capsys.readouterr().out
+    assert out.count("\nend ") == 1  # of the run that was cut off, not of the whole one
+    assert "end 00004 | SIGTERM ends the run at step 4 of 6: the same command with --resume=auto goes on from there\n" in out
     logs = []
     for record in (whole, train(small(tmp_path / "b", **changes, resume="auto"), [Losses()])):
         events = [json.loads(line) for line in (Path(record["log_dir"]) / "metrics.jsonl").read_text().splitlines()]
@@ -173,10 +176,12 @@ def test_more_steps_than_before_can_be_asked_for(tmp_path):
     assert record["resumed_from"] == 3 and record["steps"] == 5
 
 
-def test_a_finished_run_resumes_to_its_own_result(tmp_path):
+def test_a_finished_run_resumes_to_its_own_result_and_says_that_nothing_is_left(tmp_path, capsys):
     whole, _ = run(small(tmp_path, num_iterations=3))
+    assert "notice: step" not in capsys.readouterr().out
     again, losses = run(small(tmp_path, num_iterations=3, resume="auto"))
     assert losses == [] and again["val_bpb"] == whole["val_bpb"] and again["checkpoint"] == whole["checkpoint"]
+    assert "notice: step 3 of 3 is done, nothing is left to train: give a larger --num_iterations\n" in capsys.readouterr().out
 
 
 def test_a_step_can_be_named(tmp_path):

@@ -201,6 +201,15 @@ def test_a_slider_of_the_inspector_changes_what_is_seen(show, dashboard):
     page.fill("#text", SENTENCE)
     page.press("#text", "Enter")
     until(page, "document.querySelectorAll('#maps canvas').length === 4")
+    columns = "() => { const all = document.querySelector('.tokens'); return all.getBoundingClientRect().width / all.children.length; }"
+    middles = """() => [...document.querySelectorAll('.tokens')[0].children].map((one) => {
+        const [text, line] = [document.createRange(), one.parentNode.getBoundingClientRect()];
+        text.selectNodeContents(one);
+        const box = text.getBoundingClientRect();
+        return (box.left + box.right) / 2 - line.left;
+    })"""
+    width = page.evaluate(columns)
+    assert page.evaluate(middles) == [pytest.approx((i + 0.5) * width, abs=2) for i in range(len(page.evaluate(middles)))]
     pixels = "quantity => [...document.querySelectorAll(`canvas[data-quantity=${quantity}]`)].map(one => one.toDataURL())"
     page.select_option("#constant", "tau_c")
     page.evaluate("() => { const one = document.getElementById('factor'); one.value = 2; one.dispatchEvent(new Event('input')); }")

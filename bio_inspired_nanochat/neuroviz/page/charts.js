@@ -39,7 +39,7 @@ const Charts = (() => {
   const spread = (values) => {
     let [low, high] = [Infinity, -Infinity];
     for (const value of values) if (value !== null) [low, high] = [Math.min(low, value), Math.max(high, value)];
-    return low === high ? [low - (Math.abs(low) * 0.1 || 1), high + (Math.abs(high) * 0.1 || 1)] : [low, high];
+    return low < high ? [low, high] : low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
   };
 
   // One chart: the whole model thick, layers thin.
@@ -49,7 +49,7 @@ const Charts = (() => {
     html("figcaption", box, chart.tag).title = chart.about;
     const svg = node("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${chart.tag}: ${chart.about}` }, box);
     const names = [...chart.tags].sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
-    const [px, py] = axes(svg, spread(source.x), spread(names.flatMap((name) => source.y[name])), "training step", chart.unit || chart.tag);
+    const [px, py] = axes(svg, spread(source.x), spread(names.flatMap((name) => source.y[name])), "training step", chart.unit);
     const layers = names.filter((name) => name !== chart.tag);
     for (const name of [...layers, ...names.filter((one) => one === chart.tag)]) {
       let path = "";
