@@ -23,7 +23,9 @@ class PrepareConfig:
     input: str = knob(REQUIRED, "file (.txt .md .jsonl .json .csv .tsv .parquet, also .gz) or folder of such files", path="exists")
     out: str = knob(REQUIRED, "new folder for the shards")
     text_column: str = knob("text", "field of .jsonl, .json, .csv and .parquet records that holds the text")
-    val_fraction: float = knob(0.02, "share of documents for validation; the pieces of a long one count one by one", lo=0.0001, hi=0.5, log=True)
+    val_fraction: float = knob(
+        0.02, "share of documents for validation; the pieces of a long one count one by one", lo=0.0001, hi=0.5, log=True
+    )
     shard_chars: int = knob(32_000_000, "characters per shard; one shard at a time is held in memory", lo=1000, hi=1_000_000_000, log=True)
     doc_chars: int = knob(
         16_000, "longer documents are split, at paragraphs where possible", lo=64, hi=10_000_000, log=True, unit="characters"
