@@ -84,14 +84,14 @@ class Progress:
         say(self.line())
 
     def line(self) -> str:
-        """The count as one line: `train 120/1000 steps (12%), 3.4 steps/s, 4m20s left, loss 2.31`."""
+        """The count as one line: `train 120/1,000 steps (12%), 3.4 steps/s, 4m20s left, loss 2.31`."""
         parts = []
         share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
-        parts.append(f"{self.label} {self.done}{f'/{self.total}' if self.total else ''} {self.unit}{share}")
+        parts.append(f"{self.label} {self.done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}{share}")
         elapsed = time.monotonic() - self.started
         if self.done > self.start and elapsed > 0:
             rate = (self.done - self.start) / elapsed
-            parts.append(f"{rate:.3g} {self.unit}/s")
+            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 100 else f"{rate:.3g} {self.unit}/s")
             if self.total and self.done < self.total:
                 parts.append(f"{duration((self.total - self.done) / rate)} left")
         return ", ".join(parts + ([self.note] if self.note else []))

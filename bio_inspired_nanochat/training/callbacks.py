@@ -189,13 +189,12 @@ class Console(Callback):
         say(f"saved {step:0{self._width}d} | {path}")
 
     def on_end(self, result: dict[str, Any]) -> None:
-        """Print why a run ends before its last step, and how it goes on."""
+        """Print why a run ends before its last step; after a signal, how it goes on."""
         stopped, step = result["stopped"], result["steps"]
         if stopped in (None, "stop_after"):
             return
-        done = f"end {step:0{self._width}d} | {stopped} ends the run at step {step} of {self._total}"
-        time = " and a larger --max_minutes" if stopped == "max_minutes" else ""
-        say(done + (f": the same command with --resume=auto{time} goes on from there" if result["checkpoint"] else ""))
+        further = ": --resume=auto goes on from there" if stopped != "max_minutes" and result["checkpoint"] else ""
+        say(f"end {step:0{self._width}d} | {stopped} ends the run at step {step} of {self._total}{further}")
 
 
 def step_line(record: StepRecord, total: int, width: int = 5) -> str:

@@ -146,6 +146,13 @@ def test_an_unknown_total_gives_a_count_and_a_rate(clock: list[float], capsys: p
     assert capsys.readouterr().out == "read 8 files, 4 files/s\n"
 
 
+def test_large_counts_can_be_read(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(None, "tokenizer", "characters") as bar:
+        clock[0] += 1.1
+        bar.advance(16_962_075)
+    assert capsys.readouterr().out == "tokenizer 16,962,075 characters, 15,420,068 characters/s\n"
+
+
 def test_an_error_inside_the_loop_comes_out_as_itself(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyError), progress(3, "train", "steps") as bar:
         bar.advance()

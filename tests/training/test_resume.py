@@ -135,7 +135,7 @@ def test_what_a_signal_prevented_is_done_by_the_run_that_resumes(tmp_path, capsy
     assert first["stopped"] == "SIGTERM" and first["steps"] == 4
     out = capsys.readouterr().out
     assert out.count("\nend ") == 1  # of the run that was cut off, not of the whole one
-    assert "end 00004 | SIGTERM ends the run at step 4 of 6: the same command with --resume=auto goes on from there\n" in out
+    assert "end 00004 | SIGTERM ends the run at step 4 of 6: --resume=auto goes on from there\n" in out
     logs = []
     for record in (whole, train(small(tmp_path / "b", **changes, resume="auto"), [Losses()])):
         events = [json.loads(line) for line in (Path(record["log_dir"]) / "metrics.jsonl").read_text().splitlines()]
