@@ -15,7 +15,7 @@ from typing import Any
 from bio_inspired_nanochat.config import SynapticConfig, to_dict
 from bio_inspired_nanochat.errors import UserError, nearest
 from bio_inspired_nanochat.optim import OptimConfig
-from bio_inspired_nanochat.registry import MECHANISMS, closure, config_with, config_without, owners
+from bio_inspired_nanochat.registry import MECHANISMS, active_mechanisms, closure, config_with, config_without, owners
 
 # Other forms of something that all-on already has: they exclude it or replace it, so they are added alone but are no part of all-on.
 ALTERNATIVES = ("drive_softplus", "barrier_linear", "tied_gains", "genome_xi", "genome_proteins", "fast_hebb")
@@ -209,6 +209,37 @@ def _leave_one(matrix: Matrix, options: Options) -> None:
         matrix.compare("leave_one", matrix.add(full), left, name)
 
 
+def _beside_default(matrix: Matrix, options: Options) -> None:
+    """What a choice of other defaults needs to know."""
+    for name in options.chosen():
+        needed = [other for other in closure(name) if other != name]
+        if name not in active_mechanisms(SynapticConfig()):
+            matrix.compare("beside_default", matrix.add(_default_and(*needed, name)), matrix.add(_default_and(*needed, experts=name)), name)
+            continue
+        full = _default_and(experts=name)
+        extra = EXPERTS if MECHANISMS[name].experts else {}
+        without = synaptic(config_without(SynapticConfig(), name), **extra)
+        left = matrix.add(Condition(f"{full.name}-{name}", without, f"{full.about}, without {name}"))
+        matrix.compare("beside_default", matrix.add(full), left, name)
+
+
+def _default_and(*names: str, experts: str = "") -> Condition:
+    """The default and more mechanisms, some of them in the place of others; with experts where one of these or `experts` has any."""
+    usual = active_mechanisms(SynapticConfig())
+    more = [name for name in MECHANISMS if name in names and name not in usual]
+    colony = any(MECHANISMS[name].experts for name in (*more, *filter(None, [experts])))
+    values = {field: value for name in more for field, value in MECHANISMS[name].on.items()}
+    for name in active_mechanisms(dataclasses.replace(SynapticConfig(), **values)):
+        if name not in (*usual, *more):  # one that waits in the default for what it needs
+            values |= MECHANISMS[name].off
+    base = Condition("default_experts", with_default({}, **EXPERTS), "the default with routed experts") if colony else default()
+    if not more:
+        return base
+    short = [name for name in more if set(more) <= {*closure(name), *usual}]
+    about = f"{base.about}, and {', '.join(more)}"
+    return Condition(f"{base.name}+{(short or ['+'.join(more)])[0]}", with_default(values, **(EXPERTS if colony else {})), about)
+
+
 def _pairs(matrix: Matrix, options: Options) -> None:
     for one, other in itertools.combinations(options.pair_of, 2):
         try:
@@ -287,7 +318,7 @@ def _predictions(matrix: Matrix, _: Options) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """mechanisms: for add_one and leave_one, empty for all; pair_of: for pairs."""
+    """mechanisms: for add_one, leave_one and beside_default, empty for all; pair_of: for pairs."""
 
     mechanisms: tuple[str, ...] = ()
     pair_of: tuple[str, ...] = PAIR_OF
@@ -307,6 +338,7 @@ SETS: dict[str, Callable[[Matrix, Options], None]] = {
     "baselines": _baselines,
     "add_one": _add_one,
     "leave_one": _leave_one,
+    "beside_default": _beside_default,
     "pairs": _pairs,
     "factorial": _factorial,
     "cumulative": _cumulative,

@@ -71,7 +71,7 @@ class PlanConfig(FolderConfig):
 
     sets: tuple[str, ...] = knob(("anchors", "baselines", "add_one", "leave_one"), "groups of conditions", choices=tuple(SETS))
     conditions: tuple[str, ...] = knob((), "conditions of those sets to keep; none given: all")
-    mechanisms: tuple[str, ...] = knob((), "mechanisms for add_one and leave_one; none given: all of the registry")
+    mechanisms: tuple[str, ...] = knob((), "mechanisms for add_one, leave_one and beside_default; none given: all of the registry")
     pair_of: tuple[str, ...] = knob(PAIR_OF, "mechanisms for pairs")
     depths: tuple[int, ...] = knob((6,), "depths of the models", lo=1, hi=256)
     seeds: tuple[int, ...] = knob((0, 1, 2), "seeds of weights and random releases", lo=0, hi=1 << 40)

@@ -37,6 +37,19 @@ def test_every_mechanism_of_the_registry_is_added_alone_and_left_out() -> None:
         assert active(one.reference) < active(one.condition), one
 
 
+def test_each_mechanism_is_judged_beside_the_default() -> None:
+    ones = {one.what: one for one in full().comparisons if one.set == "beside_default"}
+    assert list(ones) == list(MECHANISMS)
+    usual = set(active_mechanisms(SynapticConfig()))
+    for name, one in ones.items():
+        with_it, without = active(one.condition), active(one.reference)
+        assert name in with_it and name not in without, one
+        if name in usual:
+            assert with_it <= usual and without < with_it, one
+        elif name not in ALTERNATIVES:
+            assert with_it - without == {name} and {one for one in usual if not MECHANISMS[one].experts} <= without <= with_it, one
+
+
 def test_all_on_holds_everything_that_does_not_exclude_something_else() -> None:
     assert active("all_on") == set(dense_mechanisms())
     assert active("all_on_experts") == set(MECHANISMS) - set(ALTERNATIVES)
