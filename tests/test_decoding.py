@@ -176,9 +176,9 @@ def gates(device="cpu"):
 
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, size, 16, generator=make).to(device) for size in (1, 12, 12))
-    x, weight, bias, shift = (torch.randn(*shape, generator=make).to(device) for shape in ((2, 1, 40), (2, 40), (2,), (2, 1, 2)))
+    x, weight, bias, shift = (torch.randn(*shape, generator=make).to(device) for shape in ((2, 1, 40), (2, 40), (2,), (2, 1, 4)))
     site = TokenSite(4, 0.25, barrier="gated", strength=torch.ones(2, device=device), gate_weight=weight, gate_bias=bias)
-    for more in (None, shift):
+    for more in (None, shift[..., :2], shift[..., ::2], shift[:1, :, 1:3], shift[..., :1]):
         cache = {"k": k.clone(), "v": v.clone(), "barrier": torch.full((2, 2, 12), 3.0, device=device, dtype=torch.float64)}
         attend(q, k[:, :, 9:10], v[:, :, 9:10], cache, torch.tensor([9, 0], device=device), site, x, more)
         logit = (x @ weight.T)[:, 0] + bias + (0 if more is None else more[:, 0])

@@ -274,8 +274,8 @@ def attend(
 
     q [B, H, 1, D]; new_k, new_v [B, Hkv, 1, D]; positions: int64 with B values, of the new tokens, < L. cache: k, v
     [B, Hkv, L, D]; with terminals beta and open_drive [B, H, L] float32; with the gated barrier the running cost `barrier`
-    [B, H, L] float64. For the gated barrier x [B, 1, C], the layer's input, and shift [B, 1, H], what is added to the gate's logits,
-    or None. Returns y [B, H, 1, D]; changes the cache.
+    [B, H, L] float64. For the gated barrier x [B, 1, C], the layer's input, and shift, what is added to the gate's logits
+    (broadcast to [B, 1, H]), or None. Returns y [B, H, 1, D]; changes the cache.
     """
     batch, heads, _, dim = q.shape
     k = cache["k"]
@@ -286,6 +286,7 @@ def attend(
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     seen = {"WINDOW": site.window is not None, "num_warps": 4, "enable_fp_fusion": True}
     x = None if x is None else x.contiguous()
+    shift = None if shift is None else shift.expand(batch, 1, heads).contiguous()
     given = [
         cache.get("beta"),
         cache.get("open_drive"),

@@ -19,9 +19,13 @@ from bio_inspired_nanochat.kernels.scan import on_triton
 QK_SCALE = 1.2
 
 
-def _kernels(x: Tensor) -> Any:
-    """The kernels, if they take rows of x [..., C]: nothing is differentiated or compiled, and Triton runs on its device."""
+def _kernels(x: Tensor, *others: Tensor) -> Any:
+    """The kernels, if they take rows of x [..., C]: nothing is differentiated or compiled, Triton runs on its device, and x and the
+    others are of one dtype, so that none is promoted.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not on_triton(x):
+        return None
+    if any(other.dtype != x.dtype for other in others):
         return None
     from bio_inspired_nanochat.kernels import glue_triton  # imported late: a machine without Triton never gets here
 
@@ -34,9 +38,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def mix_norm(x: Tensor, y: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + y, or scales[0] x + scales[1] y, and the RMS norm of that; x and y [..., C] of one dtype, scales [2]."""
+    """x + y, or scales[0] x + scales[1] y, and the RMS norm of that; x and y [..., C], scales [2]."""
     scales = None if scales is None else scales.to(x.dtype)
-    if kernels := _kernels(x):
+    if kernels := _kernels(x, y):
         return kernels.mix_norm(x, y, scales)
     if scales is not None:
         x, y = scales[0] * x, scales[1] * y
@@ -53,7 +57,7 @@ def apply_rotary(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotate_norm(q: Tensor, k: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Rotary positions and QK norm of queries q [B, H, T, D] and keys k [B, Hkv, T, D]; cos and sin [B or 1, 1, T, D/2]."""
-    if kernels := _kernels(q):
+    if kernels := _kernels(q, k, *cos_sin):
         return kernels.rotate_norm(q, k, *cos_sin, QK_SCALE)
     q, k = (rms_norm(apply_rotary(side, cos_sin)) * QK_SCALE for side in (q, k))
     return q, k

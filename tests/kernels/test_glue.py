@@ -54,6 +54,8 @@ def choice():
     assert glue._kernels(x.double()) is None and glue._kernels(x[:0]) is None
     with torch.enable_grad():
         assert glue._kernels(x) is None
+    for fast, slow in both(glue.mix_norm, x.bfloat16(), x):
+        assert fast.dtype == slow.dtype == torch.float32, "types are promoted as in training"
     model, ids = make_model("default"), make_ids(2, 6)
     with torch.enable_grad():
         want, _ = model(ids)
