@@ -95,3 +95,13 @@ def test_results_repeat_the_report() -> None:
         _, difference, interval, *_, verdict = [cell.strip().replace("−", "-") for cell in row.strip("|").split("|")]
         (line, *_) = [line for line in report_text.splitlines() if f"| {difference} | {interval} |" in line] or [""]
         assert line and {"better": "lower", "worse": "higher"}.get(verdict, verdict) in line, row
+
+
+def test_results_repeat_the_scorecard() -> None:
+    text = (ROOT / "RESULTS.md").read_text()
+    section = text[text.index("## The study so far: depth 6") :]
+    said = [line.rstrip("| ").rpartition("| ")[2] for line in section[: section.index("\n## ", 5)].splitlines() if line.startswith("| ")]
+    found = [score["verdict"] for score in json.loads((STUDY / "depth6/scorecard.json").read_text())["scores"]]
+    decided = [verdict for verdict in found if verdict != "not measured"]
+    assert f"Of the scorecard's {len(found)} predictions {len(decided)} are decided" in section
+    assert sorted(verdict for verdict in said if verdict in ("success", "neutral", "failure")) == sorted(decided)
