@@ -10,7 +10,7 @@ Dimensions: B batch, V vocabulary, H query heads, Hkv key heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from bio_inspired_nanochat.synaptic import (
     Place,
     SynapseState,
     SynapticCausalSelfAttention,
+    SynapticMoE,
     rotary,
 )
+from bio_inspired_nanochat.synaptic.moe import Standing
 
 if TYPE_CHECKING:
     from bio_inspired_nanochat.kernels.decode_triton import TokenSite
@@ -38,20 +40,34 @@ class NotRecorded(RuntimeError):
     """A step could not be recorded as a CUDA graph, for the reason in the message; the state is as it was."""
 
 
+class _Held(NamedTuple):
+    """What does not change from token to token: the attention of every layer, and the experts of those that have some."""
+
+    sites: list[TokenSite]
+    experts: dict[SynapticMoE, Standing]
+
+    @classmethod
+    def of(cls, model: GPT, dtype: torch.dtype) -> _Held:
+        """Of a model whose activations are of this dtype."""
+        mixtures = (block.mlp for block in model.blocks)
+        experts = {mlp: mlp.standing(held=True) for mlp in mixtures if isinstance(mlp, SynapticMoE)}
+        return cls([_site(block.attn, dtype) for block in model.blocks], experts)
+
+
 class _Token:
     """How a layer reads one token per row: in place of a `Chunk`, with positions that only the device knows.
 
     positions: [B, 1] of the new tokens, on the device; ends: whether any row may end a tick with it.
     """
 
-    def __init__(self, positions: Tensor, sites: list[TokenSite], ends: bool) -> None:
-        self.positions, self.sites, self.ends = positions, sites, ends
+    def __init__(self, positions: Tensor, held: _Held, ends: bool) -> None:
+        self.positions, self.held, self.ends = positions, held, ends
 
     def attend(self, layer: CausalSelfAttention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
         """See `Chunk.attend`."""
         from bio_inspired_nanochat.kernels import decode_triton
 
-        site, cache = self.sites[layer.layer], state.tensors()
+        site, cache = self.held.sites[layer.layer], state.tensors()
         gate = (x, layer.synapse.gate_shift(x)) if site.barrier == "gated" else ()
         y = decode_triton.attend(q, k, v, cache, self.positions, site, *gate)
         if self.ends and site.terminals is not None:
@@ -61,6 +77,10 @@ class _Token:
     def place(self, device: torch.device) -> Place:
         """See `Chunk.place`; a row at position -1 is not there."""
         return Place(self.positions[:, 0], None, self.positions >= 0)
+
+    def standing(self, layer: SynapticMoE) -> Standing:
+        """See `Chunk.standing`."""
+        return self.held.experts[layer]
 
 
 class _Reader(nn.Module):
@@ -113,7 +133,7 @@ def graph_obstacle(model: GPT, state: SynapseState) -> str | None:
 class GraphDecoder:
     """Decodes one token per row of `state`, which stays valid for `model.step` and for copies between any two tokens.
 
-    Kinetics and weights are those at construction. The tensors of the state must stay where they are: a copy or a selection
+    Weights, kinetics and accounts of experts are those at construction. The tensors of the state must stay where they are: a copy or a selection
     of rows needs a decoder of its own, which `follow` makes. Raises UserError when it cannot serve the model or the state.
     """
 
@@ -121,13 +141,13 @@ class GraphDecoder:
         self._check(model, state)
         with torch.no_grad():
             dtype = state.layers[0].k.dtype
-            self._set_up(state, _Reader(model, dtype), [_site(block.attn, dtype) for block in model.blocks], capture)
+            self._set_up(state, _Reader(model, dtype), _Held.of(model, dtype), capture)
 
     def follow(self, state: SynapseState) -> GraphDecoder:
         """A decoder of another state of the same model, with the weights of this one."""
         self._check(self._reader.model, state)
         other = object.__new__(GraphDecoder)
-        other._set_up(state, self._reader, self._sites, self._capture)
+        other._set_up(state, self._reader, self._held, self._capture)
         return other
 
     @staticmethod
@@ -136,16 +156,16 @@ class GraphDecoder:
         if obstacle := graph_obstacle(model, state):
             raise UserError(f"a captured step cannot serve this model and state: {obstacle}; use model.step")
 
-    def _set_up(self, state: SynapseState, reader: _Reader, sites: list[TokenSite], capture: bool) -> None:
+    def _set_up(self, state: SynapseState, reader: _Reader, held: _Held, capture: bool) -> None:
         self.state = state
-        self._reader, self._sites = reader, sites
+        self._reader, self._held = reader, held
         device = state.layers[0].k.device
         self._capture = capture and device.type == "cuda"
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._ids = torch.zeros(state.batch_size, 1, dtype=torch.long, device=device)
         self._positions = torch.full_like(self._ids, -1)
         self._expected: list[int] | None = None  # what _positions holds, when it is known
-        ticks = {site.tick for site in sites if site.terminals is not None}
+        ticks = {site.tick for site in held.sites if site.terminals is not None}
         self._tick = ticks.pop() if ticks else None
 
     @torch.no_grad()
@@ -175,7 +195,7 @@ class GraphDecoder:
         return logits
 
     def _read(self, ends: bool) -> Tensor:
-        logits = self._reader.read(self._ids, _Token(self._positions, self._sites, ends), self.state.layers)
+        logits = self._reader.read(self._ids, _Token(self._positions, self._held, ends), self.state.layers)
         self._positions += 1
         return logits
 

@@ -8,7 +8,7 @@ import torch
 
 from bio_inspired_nanochat.benchmarks.decoding import Decoding
 from bio_inspired_nanochat.config import SynapticConfig
-from bio_inspired_nanochat.decoding import GraphDecoder, NotRecorded, _Reader, _Token, graph_obstacle
+from bio_inspired_nanochat.decoding import GraphDecoder, NotRecorded, _Held, _Reader, _Token, graph_obstacle
 from bio_inspired_nanochat.engine import generate_batch, generation
 from bio_inspired_nanochat.engine.generation import Stepper
 from bio_inspired_nanochat.errors import UserError
@@ -35,12 +35,18 @@ CASES = {
     "latch": ("camkii_latch", {"n_layer": 1}),
     "plain experts": ("vanilla", {"n_layer": 1, **EXPERTS}),
     "experts": ("default", {"n_layer": 1, "syn_cfg": COLONY, **EXPERTS}),
+    "twins": ("default", {"n_layer": 1, "syn_cfg": COLONY, **EXPERTS}),
 }
 
 
 def model_of(case):
     synapses, overrides = CASES[case]
-    return make_model(synapses, tick=TICK, **{"backend": "reference", "n_head": 2, "n_kv_head": 1, "n_embd": 32, **overrides})
+    model = make_model(synapses, tick=TICK, **{"backend": "reference", "n_head": 2, "n_kv_head": 1, "n_embd": 32, **overrides})
+    if case == "twins":  # slot 4 is free, and its matrices are others than the leader's
+        kept = model.blocks[0].mlp.accounts
+        kept.alive[4], kept.lead[4], kept.child[1] = True, 1, 4
+        kept.blend[1] = 0.5
+    return model
 
 
 def read(model, rows=2, device="cpu"):
@@ -214,7 +220,7 @@ def test_without_triton_the_reason_is_given():
         GraphDecoder(model, model.init_state(1, 8))
 
 
-class Standing(_Token):
+class Bare(_Token):
     """A token whose attention, which is a Triton kernel, is left out."""
 
     def attend(self, layer, x, q, k, v, state):
@@ -225,20 +231,36 @@ class Standing(_Token):
 def test_a_step_neither_waits_for_the_host_nor_copies_from_it(case, monkeypatch):
     """What a graph cannot hold. Fast weights, Triton kernels themselves, would be launched."""
     if importlib.util.find_spec("triton") is not None:
-        monkeypatch.setattr("bio_inspired_nanochat.kernels.glue_triton.launch", lambda *_, **__: None)
+        for module in ("glue_triton", "moe_triton"):
+            monkeypatch.setattr(f"bio_inspired_nanochat.kernels.{module}.launch", lambda *_, **__: None)
     model = model_of(case)
     with phantom_gpu(model):
         reader = _Reader(model, torch.bfloat16)
         layers = model.set_compute_dtype(torch.bfloat16).init_state(2, LENGTH).layers
         idx = torch.zeros(2, 1, dtype=torch.long, device="cuda")
+        experts = {block.mlp: block.mlp.standing()._replace(twins=False) for block in model.blocks if hasattr(block.mlp, "standing")}
         with NoCopies(), torch.no_grad():
-            logits = reader.read(idx, Standing(idx - 1, [], True), layers)
+            logits = reader.read(idx, Bare(idx - 1, _Held([], experts), True), layers)
         assert logits.device.type == "cuda" and logits.shape == (2, model.config.vocab_size)
 
 
 def test_a_foreign_state_is_refused():
     with pytest.raises(UserError, match="another model"):
         GraphDecoder(make_model("default"), make_model("vanilla").init_state(1, 8))
+
+
+@pytest.mark.parametrize("case", ["plain experts", "experts"])
+def test_what_a_mixture_makes_of_its_parameters_is_made_once_for_all_tokens(case, monkeypatch):
+    """A captured step that made it for every token would take twice the launches."""
+    model = model_of(case)
+    held = _Held([], {block.mlp: block.mlp.standing(held=True) for block in model.blocks})
+    calls = []
+    monkeypatch.setattr(type(model.blocks[0].mlp), "standing", lambda *_, **__: calls.append("standing"))
+    monkeypatch.setattr("bio_inspired_nanochat.synaptic.expert_synapse.ExpertSynapse.params", lambda *_: calls.append("params"))
+    idx = torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        _Reader(model, torch.float32).read(idx, Bare(idx, held, True), model.init_state(2, LENGTH).layers)
+    assert not calls
 
 
 @pytest.mark.gpu

@@ -284,7 +284,7 @@ def attend(
     splits = -(-length // split)
     part, stat = q.new_empty(batch * heads, splits, dim, dtype=torch.float32), q.new_empty(batch * heads, splits, 2, dtype=torch.float32)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    seen = {"WINDOW": site.window is not None, "num_warps": 4, "enable_fp_fusion": True}
+    seen = {"WINDOW": site.window is not None, "num_warps": 4}
     x = None if x is None else x.contiguous()
     shift = None if shift is None else shift.expand(batch, 1, heads).contiguous()
     given = [

@@ -21,7 +21,7 @@ from bio_inspired_nanochat.kernels.types import PresynParams, PresynState
 
 WARPS = 4
 BLOCK = 32 * WARPS  # one key per thread: a value that a thread stores is loaded by the same thread
-LAUNCH = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}
+LAUNCH = {"BLOCK": BLOCK, "num_warps": WARPS}
 UNROLL = 4  # ticks of the core whose loads are in flight together
 
 

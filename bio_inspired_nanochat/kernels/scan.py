@@ -29,6 +29,13 @@ def _needs_operator() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
+def for_inference(x: Tensor, *others: Tensor) -> bool:
+    """Whether Triton kernels that have no gradient may take x and the others: nothing is differentiated or compiled, Triton runs on
+    x's device, and all are of one dtype, so that none is promoted.
+    """
+    return not _needs_operator() and on_triton(x) and all(other.dtype == x.dtype for other in others)
+
+
 def linear_scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     """x[n+1] = a[n] x[n] + b[n] over dimension 2. Differentiable. Equation (H5).
 

@@ -333,7 +333,7 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **static: Any) -
     known = _compiled.get(key)
     begin = None if _watched is None else _mark()
     if known is None:
-        compiled = kernel[grid](*arguments, **static)
+        compiled = kernel[grid](*arguments, enable_fp_fusion=True, **static)  # said, because the default changes between versions
         _compiled[key] = compiled, tuple(static[name] for name in kernel.arg_names[len(arguments) :])
     else:
         compiled = known[0]
@@ -378,7 +378,7 @@ class Site(NamedTuple):
             "C": self.tick, "D": q.shape[3], "M": tile.queries, "K": tile.keys,
             "R": max(FEWEST, planes * tile.queries // self.tick), "WINDOW": self.window is not None, "DOC": self.doc is not None,
             "EXACT": plain and q.shape[2] % max(tile.queries, tile.keys) == 0,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps, "num_stages": tile.stages,
             **({"maxnreg": tile.registers} if tile.registers else {}),
         }  # fmt: skip
 

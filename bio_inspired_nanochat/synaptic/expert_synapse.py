@@ -41,6 +41,17 @@ class Effects(NamedTuple):
     released: Tensor | None
 
 
+class Traits(NamedTuple):
+    """What experts are while no parameter changes: codes of length 1, identity [E, d] and snare [E, s], how near slots are to each other
+    [E, E], and their kinetics [E]; None where a mechanism is off.
+    """
+
+    identity: Tensor | None
+    snare: Tensor | None
+    near: Tensor | None
+    kinetics: PresynParams | None
+
+
 class ExpertSynapse(nn.Module):
     """Parameters of all experts, one row per slot: identity [E, d], snare [E, s], genome.xi [E, G], gains [E].
 
@@ -120,32 +131,41 @@ class ExpertSynapse(nn.Module):
             epsilon=cfg.epsilon,
         )
 
-    def affinity(self, x: Tensor) -> Tensor | None:
-        """What identity and SNARE codes add to the score of every expert, x [B, T, D] to [B, T, E] float. Equation (L1)."""
-        parts = []
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self.cfg.router_identity:
-            parts.append(self.identity_gain * _cosine(F.linear(x, self.gate_probe.to(x.dtype)).to(wide), self.identity))
-        if self.cfg.snare_codes:
-            parts.append(self.snare_gain * _cosine(F.linear(x, self.gate_cargo.to(x.dtype)).to(wide), self.snare))
-        return torch.stack(parts).sum(0) if parts else None
+    def traits(self, lead: Tensor) -> Traits:
+        """What follows from the parameters and from the leaders [E] of slots alone."""
+        cfg = self.cfg
+        return Traits(
+            identity=F.normalize(self.identity, dim=-1) if cfg.router_identity else None,
+            snare=F.normalize(self.snare, dim=-1) if cfg.snare_codes else None,
+            near=self.nearness(lead) if cfg.expert_lateral else None,
+            kinetics=self.params() if cfg.expert_plasticity else None,
+        )
 
-    def inhibition(self, share: Tensor, lead: Tensor) -> Tensor | None:
+    def affinity(self, x: Tensor, traits: Traits) -> Tensor | None:
+        """What identity and SNARE codes add to the score of every expert, x [B, T, D] to [B, T, E] float. Equation (L1)."""
+        score = None
+        if traits.identity is not None:
+            score = self.identity_gain * _cosine(x, self.gate_probe, traits.identity)
+        if traits.snare is not None:
+            more = self.snare_gain * _cosine(x, self.gate_cargo, traits.snare)
+            score = more if score is None else score + more
+        return score
+
+    def inhibition(self, share: Tensor, traits: Traits) -> Tensor | None:
         """What experts lose to neighbours in identity space, [B, T, E], when `share` [B, T, E] of the demand goes to each slot.
 
         Equation (L6).
-        The kernel is the cosine of two identities where it is positive; twins, which share a slot, do not inhibit each other.
         """
-        if not self.cfg.expert_lateral:
-            return None
-        return self.expert_lateral * (share @ self.nearness(lead).to(share.dtype))
+        return None if traits.near is None else self.expert_lateral * (share @ traits.near.to(share.dtype))
 
     def nearness(self, lead: Tensor) -> Tensor:
-        """How strongly slots inhibit each other, [E, E], symmetric."""
+        """How strongly slots inhibit each other, [E, E], symmetric: the cosine of two identities where it is positive. Twins, which share
+        a slot, do not inhibit each other.
+        """
         near = F.normalize(self.identity, dim=-1)[lead]
         return (near @ near.T).clamp(min=0) * (lead[:, None] != lead)
 
-    def course(self, share: Tensor, place: Place, before: ExpertState | None) -> tuple[Effects, ExpertState]:
+    def course(self, share: Tensor, place: Place, before: ExpertState | None, traits: Traits) -> tuple[Effects, ExpertState]:
         """Run the experts over the tokens' demand. Equations (L4), (L5) and (L7).
 
         share: [B, T, E] in units of the fair share; before: the state at the first token, None for fresh sequences.
@@ -157,8 +177,8 @@ class ExpertSynapse(nn.Module):
         drive = ticks.drive(share)
         bias = slow = released = None
         after = dict(before._asdict())
-        if self.cfg.expert_plasticity:
-            params = self.params()
+        if traits.kinetics is not None:
+            params = traits.kinetics
             start = PresynState(*(ticks.carried(value, float(i == 1)) for i, value in enumerate(before[:3])))
             record: dict[str, Tensor] | None = {} if self.cfg.vesicle_output else None
             beta, end = presyn(drive, params, start, closed=ticks.closed, record=record)
@@ -177,14 +197,16 @@ class ExpertSynapse(nn.Module):
             traces = linear_scan(factor, (1 - decay) * full, ticks.carried(before.slow))
             slow = ticks.per_token(traces[:, :, :-1])
             after["slow"] = ticks.last(ticks.at(traces, ticks.closed))
-            if not self.cfg.expert_plasticity:
+            if traits.kinetics is None:
                 left = ticks.at(F.pad(full, (0, 0, 0, 1)), ticks.closed)
                 after["open_drive"] = ticks.last(left)
         return Effects(bias, slow, released), ExpertState(**after)
 
 
-def _cosine(probe: Tensor, codes: Tensor) -> Tensor:
-    return F.normalize(probe, dim=-1) @ F.normalize(codes, dim=-1).to(probe.dtype).T
+def _cosine(x: Tensor, probe: Tensor, codes: Tensor) -> Tensor:
+    """Cosines of what a probe [d, D] makes of x [..., D] and codes [E, d] of length 1: [..., E] float."""
+    seen = F.linear(x, probe.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(seen, dim=-1) @ codes.to(seen.dtype).T
 
 
 class _Ticks(NamedTuple):
@@ -193,13 +215,14 @@ class _Ticks(NamedTuple):
     there is one key.
 
     index [B, T]: tick of each token, counted from the first; key [B, T]; counted [B, T]: tokens that drive; owner [B, N]: key of a tick;
-    final [B]: key of the last token; closed: ticks that end with these tokens; None where nothing is to be distinguished.
+    final [B]: key of the last token; closed: ticks that end with these tokens; None where nothing is to be distinguished. One token
+    and one document have one tick, and no index: in decoding every operation counts.
     """
 
     tick: int
     count: int
     front: int | None
-    index: Tensor
+    index: Tensor | None
     key: Tensor | None
     counted: Tensor | None
     owner: Tensor | None
@@ -210,11 +233,12 @@ class _Ticks(NamedTuple):
     def of(cls, share: Tensor, tick: int, place: Place) -> _Ticks:
         first, fresh, live = place
         batch, tokens, _ = share.shape
-        index = local_ticks(first, query_positions(first, tokens, share.device), tick).expand(batch, -1)
-        count = num_ticks(first, tokens, tick)
-        front = first % tick if isinstance(first, int) else None
+        count, front = num_ticks(first, tokens, tick), first % tick if isinstance(first, int) else None
         stop: int | Tensor = first + (tokens if live is None else live.sum(1))
         closed = stop // tick - first // tick
+        if tokens == 1 and fresh is None:
+            return cls(tick, count, front, None, None, live, None, None, closed)
+        index = local_ticks(first, query_positions(first, tokens, share.device), tick).expand(batch, -1)
         if fresh is None:
             return cls(tick, count, front, index, None, live, None, None, closed)
         fresh = fresh if live is None else fresh & live
@@ -231,7 +255,9 @@ class _Ticks(NamedTuple):
         """Mean demand per token of every tick, share [B, T, E] to [B, E, N, K]."""
         if self.counted is not None:  # chosen and not multiplied: padding behind a short window sees no key, and is not a number
             share = torch.where(self.counted[..., None], share, 0.0)
-        if self.front is not None:
+        if self.index is None:
+            total = share
+        elif self.front is not None:
             back = self.count * self.tick - self.front - share.shape[1]
             total = F.pad(share, (0, 0, self.front, back)).unflatten(1, (self.count, self.tick)).sum(2)
         else:  # rows at different positions; a product keeps the order of the sums, which scattering would not
@@ -248,6 +274,8 @@ class _Ticks(NamedTuple):
 
     def per_token(self, value: Tensor) -> Tensor:
         """[B, E, N, K] by tick and key to [B, T, E]."""
+        if self.index is None:
+            return value[..., 0].transpose(1, 2)
         tokens = self.index.shape[1]
         if self.key is None and self.front is not None:
             value = value[..., 0].transpose(1, 2)[:, :, None].expand(-1, -1, self.tick, -1)

@@ -14,18 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bio_inspired_nanochat.kernels.scan import on_triton
+from bio_inspired_nanochat.kernels.scan import for_inference
 
 QK_SCALE = 1.2
 
 
 def _kernels(x: Tensor, *others: Tensor) -> Any:
-    """The kernels, if they take rows of x [..., C]: nothing is differentiated or compiled, Triton runs on its device, and x and the
-    others are of one dtype, so that none is promoted.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not on_triton(x):
-        return None
-    if any(other.dtype != x.dtype for other in others):
+    """The kernels, if they take rows of x [..., C] and the others."""
+    if not for_inference(x, *others):
         return None
     from bio_inspired_nanochat.kernels import glue_triton  # imported late: a machine without Triton never gets here
 

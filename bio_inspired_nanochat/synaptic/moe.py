@@ -14,7 +14,7 @@ Dimensions: B batch, T tokens, S = B T, E slots for experts, k choices, D width,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import rust_moe
 from bio_inspired_nanochat.kernels.grouped import combine, dispatch, group_by_expert, grouped_linear, top_k
+from bio_inspired_nanochat.kernels.scan import for_inference
 from bio_inspired_nanochat.synaptic import native_moe
 from bio_inspired_nanochat.synaptic.accounts import Accounts
-from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse
+from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse, Traits
 from bio_inspired_nanochat.synaptic.glue import relu_squared
 from bio_inspired_nanochat.synaptic.mlp import SynapticMLP
 from bio_inspired_nanochat.synaptic.state import Arrival, ExpertState, Extras, LayerState, Place
@@ -66,11 +67,24 @@ class Probe:
         self.tap, self.muted, self.forced = tap, muted, forced
 
 
+class Standing(NamedTuple):
+    """What a route takes from parameters and accounts alone: the same for every token until a step of training.
+
+    shut [E]: slots that do not compete; bank [E]: what the account of energy adds to a score; twins: whether a slot may have twins;
+    traits: of the synapses, or None.
+    """
+
+    shut: Tensor
+    bank: Tensor
+    twins: bool
+    traits: Traits | None
+
+
 class Route(NamedTuple):
     """Where tokens go.
 
-    expert, gates: [S, k]; scale: [S, k] of the output, or None; score, bare, separate: [S, E] what slots are chosen by, the same
-    without the balancing bias, and as if twins were two slots; winner: [S, E] the expert that serves a slot.
+    expert, gates: [S, k]; scale: [S, k] of the output, or None; score, bare: [S, E] what slots are chosen by, and the same without the
+    balancing bias; logit: [S, E] of every expert, before twins share one; winner: [S, E] the expert that serves a slot.
     """
 
     expert: Tensor
@@ -78,7 +92,7 @@ class Route(NamedTuple):
     scale: Tensor | None
     score: Tensor
     bare: Tensor
-    separate: Tensor
+    logit: Tensor
     winner: Tensor
 
 
@@ -109,9 +123,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, expert: Tensor, gates: Tensor) -> Tensor:
         """x [S, D] through expert [S, k], weighted with gates [S, k] and summed: [S, D]."""
+        w_in, w_out = self.w_in.to(x.dtype), self.w_out.to(x.dtype)
+        if kernels := _kernels(x, expert.shape[1]):
+            return kernels.mix(x, expert, gates, w_in, w_out)
         groups = group_by_expert(expert, len(self.w_in))
-        hidden = grouped_linear(dispatch(x, groups, expert.shape[1]), self.w_in.to(x.dtype), groups)
-        return combine(grouped_linear(relu_squared(hidden), self.w_out.to(x.dtype), groups), groups, gates)
+        hidden = grouped_linear(dispatch(x, groups, expert.shape[1]), w_in, groups)
+        return combine(grouped_linear(relu_squared(hidden), w_out, groups), groups, gates)
 
 
 class SynapticMoE(SynapticMLP):
@@ -144,7 +161,7 @@ class SynapticMoE(SynapticMLP):
         """The next chunk of running sequences, x [B, t, D]; fast weights and experts in `state` advance in place."""
         y = native_moe.mix(self, x, state, chunk)
         if y is None:
-            y, _, after = self.mix(x, chunk.place(x.device), state.experts)
+            y, after = self._serve(x, chunk.place(x.device), state.experts, chunk.standing(self))
             if after is not None:
                 state.experts.copy_(after)
         return super().step(x, state, chunk) + y
@@ -159,9 +176,10 @@ class SynapticMoE(SynapticMLP):
         place: Place,
         before: ExpertState | None = None,
         probe: Probe | None = None,
+        standing: Standing | None = None,
     ) -> tuple[Tensor, Route, ExpertState | None]:
         """What the routed experts add for x [B, T, D], the route, and the state after the last token. before: see `ExpertSynapse.course`."""
-        route, after = self.route(x, place, before)
+        route, after = self.route(x, place, before, standing)
         gates = route.gates
         if probe is not None and probe.tap is not None:
             gates = _Tap.apply(gates, route.expert, probe.tap)
@@ -178,53 +196,79 @@ class SynapticMoE(SynapticMLP):
             expert, gates = torch.where(tokens[:, None], slot, expert), torch.where(tokens[:, None], alone, gates)
         return self.experts(x.flatten(0, 1), expert, gates).view_as(x), route, after
 
-    def route(self, x: Tensor, place: Place, before: ExpertState | None = None) -> tuple[Route, ExpertState | None]:
-        """Choose k experts for every token of x [B, T, D]."""
+    def _serve(self, x: Tensor, place: Place, before: ExpertState | None, standing: Standing | None) -> tuple[Tensor, ExpertState | None]:
+        """As `mix`, where nobody asks for the route; with what decoding holds one kernel makes the choice."""
+        tokens = x.flatten(0, 1)
+        kernels = None if standing is None or standing.twins else _kernels(tokens, self.k)
+        if standing is None or kernels is None:
+            y, _, after = self.mix(x, place, before, standing=standing)
+            return y, after
+        logit, released, after = self._logits(x, place, before, standing)
+        expert, gates = kernels.choose(logit, standing.bank, self.accounts.balance, standing.shut, self.k, released)
+        return self.experts(tokens, expert, gates).view_as(x), after
+
+    def standing(self, held: bool = False) -> Standing:
+        """What the next route takes from parameters and accounts; held: for many tokens of the model as it is now, which waits for the
+        device once and spares them what no slot needs.
+        """
         kept = self.accounts
-        leads = kept.leads()
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logit = F.linear(x, self.router.to(x.dtype)).to(wide)
-        after = released = None
-        if self.synapse is not None:
-            affinity = self.synapse.affinity(x)
-            logit = logit if affinity is None else logit + affinity
-            logit, released, after = self._modulate(logit, leads, place, before)
-        logit = logit.flatten(0, 1)
-        slot, winner, scale = self._twins(logit, None if released is None else released.flatten(0, 1))
-        bank = self.kappa * (kept.energy - 0.5)
-        bare = (slot + bank).masked_fill(~leads, CLOSED)
-        score = bare + kept.balance
+        twins = not held or bool((kept.child != torch.arange(self.slots, device=kept.child.device)).any())
+        traits = None if self.synapse is None else self.synapse.traits(kept.lead)
+        return Standing(~kept.leads(), self.kappa * (kept.energy - 0.5), twins, traits)
+
+    def route(
+        self, x: Tensor, place: Place, before: ExpertState | None = None, standing: Standing | None = None
+    ) -> tuple[Route, ExpertState | None]:
+        """Choose k experts for every token of x [B, T, D]."""
+        standing = standing or self.standing()
+        logit, released, after = self._logits(x, place, before, standing)
+        slot, winner, scale = self._twins(logit, released, standing.twins)
+        bare = (slot + standing.bank).masked_fill(standing.shut, CLOSED)
+        score = bare + self.accounts.balance
         places = top_k(score.detach(), self.k)
-        gates = torch.softmax(slot.masked_fill(~leads, CLOSED).gather(1, places), dim=-1)
+        gates = torch.softmax(slot.masked_fill(standing.shut, CLOSED).gather(1, places), dim=-1)
         expert = winner.gather(1, places)
         scale = None if scale is None else scale.gather(1, places).exp()
-        separate = (logit + bank[kept.lead] + kept.balance[kept.lead]).masked_fill(~kept.alive, CLOSED)
-        return Route(expert, gates, scale, score.detach(), bare.detach(), separate.detach(), winner), after
+        return Route(expert, gates, scale, score.detach(), bare.detach(), logit.detach(), winner), after
+
+    def _logits(
+        self, x: Tensor, place: Place, before: ExpertState | None, standing: Standing
+    ) -> tuple[Tensor, Tensor | None, ExpertState | None]:
+        """Of every expert the logit and what it releases (see `Effects`), [S, E] each, and the state after the last token."""
+        logit = F.linear(x, self.router.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+        if self.synapse is None or standing.traits is None:
+            return logit.flatten(0, 1), None, None
+        affinity = self.synapse.affinity(x, standing.traits)
+        logit = logit if affinity is None else logit + affinity
+        logit, released, after = self._modulate(self.synapse, logit, standing, standing.traits, place, before)
+        return logit.flatten(0, 1), None if released is None else released.flatten(0, 1), after
 
     def _modulate(
-        self, logit: Tensor, leads: Tensor, place: Place, before: ExpertState | None
+        self, synapse: ExpertSynapse, logit: Tensor, standing: Standing, traits: Traits, place: Place, before: ExpertState | None
     ) -> tuple[Tensor, Tensor | None, ExpertState | None]:
         """Add lateral inhibition and the course of the sequence to logits [B, T, E]. A slot's demand drives both twins alike."""
-        share = self.fair * torch.softmax(logit.masked_fill(~leads, CLOSED), dim=-1)
-        lost = self.synapse.inhibition(share / self.fair, self.accounts.lead)
+        share = self.fair * torch.softmax(logit.masked_fill(standing.shut, CLOSED), dim=-1)
+        lost = synapse.inhibition(share / self.fair, traits)
         plain = logit
         logit = logit if lost is None else logit - lost
         if not self.remembers:
             return logit, None, None
-        effects, after = self.synapse.course(share[..., self.accounts.lead], place, before)
+        effects, after = synapse.course(share[..., self.accounts.lead] if standing.twins else share, place, before, traits)
         if effects.bias is not None:
             logit = logit + effects.bias
         if effects.slow is not None:
-            logit = logit + self.synapse.nmda_gain * effects.slow * torch.sigmoid(plain)
+            logit = logit + synapse.nmda_gain * effects.slow * torch.sigmoid(plain)
         return logit, effects.released, after
 
-    def _twins(self, logit: Tensor, released: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _twins(self, logit: Tensor, released: Tensor | None, twins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of every slot the logit, the expert that serves it, and what it releases (see `Effects`), [S, E] each. Equation (L14).
 
         Of two twins the one with the larger logit plus tie serves; how far the slot is its own in all else follows `blend`.
         """
         kept = self.accounts
         places = torch.arange(self.slots, device=logit.device)
+        if not twins:
+            return logit, places.expand_as(logit), released
         younger = logit[:, kept.child] - logit
         serves = (kept.child != places) & (younger + (1 - kept.blend) * kept.tie > 0)
         winner = torch.where(serves, kept.child, places)
@@ -232,18 +276,25 @@ class SynapticMoE(SynapticMLP):
             released = released + torch.where(serves, kept.blend * (released[:, kept.child] - released), 0.0)
         return logit + torch.where(serves, kept.blend * younger, 0.0), winner, released
 
+    def _separate(self, route: Route) -> Tensor:
+        """Scores [S, E] as if twins were two slots."""
+        kept = self.accounts
+        bank = self.kappa * (kept.energy - 0.5)
+        return (route.logit + bank[kept.lead] + kept.balance[kept.lead]).masked_fill(~kept.alive, CLOSED)
+
     @torch.no_grad()
     def statistics(self, x: Tensor, route: Route) -> Routing:
         """What the accounts need to know of a pass over x [B, T, D]."""
         x = x.flatten(0, 1).float()
         if rust_moe.obstacle(self.backend, x, self.accounts.child) is None and route.gates.dtype == torch.float32:
-            taken = {name: getattr(route, name) for name in ("expert", "gates", "bare", "separate", "winner")}
+            taken = {name: getattr(route, name) for name in ("expert", "gates", "bare", "winner")} | {"separate": self._separate(route)}
             return Routing(tokens=torch.tensor(float(len(x))), **rust_moe.sums(x, taken, self.accounts.child))
         places = torch.arange(self.slots, device=x.device)
         chosen = route.expert[..., None] == places
         member = chosen.any(1).float()
         wanted = torch.zeros_like(route.bare, dtype=torch.float32).scatter_(1, top_k(route.bare, self.k), 1.0)
-        both = route.separate >= _kth(route.separate, self.k)
+        separate = self._separate(route)
+        both = separate >= _kth(separate, self.k)
         child = self.accounts.child
         own = wanted * (route.winner == places)  # the others would go to the leader's twin
         return Routing(
@@ -256,6 +307,15 @@ class SynapticMoE(SynapticMLP):
             inputs=member.T @ x,
             common=x.sum(0),
         )
+
+
+def _kernels(x: Tensor, choices: int) -> Any:
+    """The kernels for a few tokens x [S, D] that visit so many experts each, if they take them."""
+    if not for_inference(x):
+        return None
+    from bio_inspired_nanochat.kernels import moe_triton  # imported late: a machine without Triton never gets here
+
+    return moe_triton if moe_triton.serves(x, choices) else None
 
 
 def _kth(score: Tensor, k: int) -> Tensor:

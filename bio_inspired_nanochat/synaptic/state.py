@@ -165,6 +165,10 @@ class Arrival(Protocol):
         """Where the new tokens stand, for layers with fast weights or experts."""
         ...
 
+    def standing(self, layer: Any) -> Any:
+        """What the experts of a layer take from its parameters and accounts (`moe.Standing`), or None to have it worked out."""
+        ...
+
 
 @dataclass
 class Chunk:
@@ -223,6 +227,9 @@ class Chunk:
         if not self.full:
             live = torch.arange(self.size, device=device) < torch.tensor(self.lengths, device=device)[:, None]
         return Place(self.start, self.fresh, live)
+
+    def standing(self, layer: Any) -> None:
+        """See `Arrival`."""
 
     def closed(self, tick: int, device: torch.device) -> int | Tensor:
         """How many ticks end inside this chunk: one number, or [B] where the rows are at different positions."""
