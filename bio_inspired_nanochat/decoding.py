@@ -50,7 +50,7 @@ class _Held(NamedTuple):
     def of(cls, model: GPT, dtype: torch.dtype) -> _Held:
         """Of a model whose activations are of this dtype."""
         mixtures = (block.mlp for block in model.blocks)
-        experts = {mlp: mlp.standing(held=True) for mlp in mixtures if isinstance(mlp, SynapticMoE)}
+        experts = {mlp: mlp.hold(dtype) for mlp in mixtures if isinstance(mlp, SynapticMoE)}
         return cls([_site(block.attn, dtype) for block in model.blocks], experts)
 
 
@@ -62,6 +62,7 @@ class _Token:
 
     def __init__(self, positions: Tensor, held: _Held, ends: bool) -> None:
         self.positions, self.held, self.ends = positions, held, ends
+        self._place = Place(positions[:, 0], None, positions >= 0)
 
     def attend(self, layer: CausalSelfAttention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
         """See `Chunk.attend`."""
@@ -76,7 +77,7 @@ class _Token:
 
     def place(self, device: torch.device) -> Place:
         """See `Chunk.place`; a row at position -1 is not there."""
-        return Place(self.positions[:, 0], None, self.positions >= 0)
+        return self._place
 
     def standing(self, layer: SynapticMoE) -> Standing:
         """See `Chunk.standing`."""

@@ -81,6 +81,7 @@ def equality(device="cpu", dtype=torch.float32, tolerance=1e-5, cases=tuple(CASE
         ids, ordinary = read(model, device=device)
         prompt, captured = ordinary.clone(), ordinary.clone()
         decoder = GraphDecoder(model, captured)
+        assert all((standing.router is None) == (case == "twins") for standing in decoder._held.experts.values())
         decoder._positions.fill_(-1)
         decoder._read(True)
         assert off(captured, prompt) == 0, "rows that are not there, as in the runs before a capture, stay as they are"
@@ -229,7 +230,7 @@ class Bare(_Token):
 
 @pytest.mark.parametrize("case", ["default", "plain experts", "experts"])
 def test_a_step_neither_waits_for_the_host_nor_copies_from_it(case, monkeypatch):
-    """What a graph cannot hold. Fast weights, Triton kernels themselves, would be launched."""
+    """What a graph cannot hold. Fast weights, Triton kernels themselves, would be launched. Experts as where a slot has twins."""
     if importlib.util.find_spec("triton") is not None:
         for module in ("glue_triton", "moe_triton"):
             monkeypatch.setattr(f"bio_inspired_nanochat.kernels.{module}.launch", lambda *_, **__: None)
@@ -238,7 +239,7 @@ def test_a_step_neither_waits_for_the_host_nor_copies_from_it(case, monkeypatch)
         reader = _Reader(model, torch.bfloat16)
         layers = model.set_compute_dtype(torch.bfloat16).init_state(2, LENGTH).layers
         idx = torch.zeros(2, 1, dtype=torch.long, device="cuda")
-        experts = {block.mlp: block.mlp.standing()._replace(twins=False) for block in model.blocks if hasattr(block.mlp, "standing")}
+        experts = {block.mlp: block.mlp.standing() for block in model.blocks if hasattr(block.mlp, "standing")}
         with NoCopies(), torch.no_grad():
             logits = reader.read(idx, Bare(idx - 1, _Held([], experts), True), layers)
         assert logits.device.type == "cuda" and logits.shape == (2, model.config.vocab_size)
@@ -253,7 +254,7 @@ def test_a_foreign_state_is_refused():
 def test_what_a_mixture_makes_of_its_parameters_is_made_once_for_all_tokens(case, monkeypatch):
     """A captured step that made it for every token would take twice the launches."""
     model = model_of(case)
-    held = _Held([], {block.mlp: block.mlp.standing(held=True) for block in model.blocks})
+    held = _Held([], {block.mlp: block.mlp.hold(torch.float32) for block in model.blocks})
     calls = []
     monkeypatch.setattr(type(model.blocks[0].mlp), "standing", lambda *_, **__: calls.append("standing"))
     monkeypatch.setattr("bio_inspired_nanochat.synaptic.expert_synapse.ExpertSynapse.params", lambda *_: calls.append("params"))

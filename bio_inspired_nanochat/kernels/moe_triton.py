@@ -1,8 +1,8 @@
 """Experts for a few tokens, for inference: two kernels in place of the sorting and padding that pay for many tokens only.
 
-A decoded token is as long as its launches and the weights that it reads. `choose` picks the experts, `mix` runs them: a product of
-matrix and vector per pair of token and expert. Pairs of one expert run side by side, so its weights come from memory once. Values
-are computed in float32 and rounded where they are stored, once.
+A decoded token is as long as its launches and the weights that it reads: here a product of matrix and vector per pair of token and
+expert. Pairs of one expert run side by side, so its weights come from memory once. Values are computed in float32 and rounded where
+they are stored, once.
 
 Dimensions: S tokens, k choices, M = S k pairs, E experts, D width, F hidden units of an expert.
 """
@@ -17,32 +17,7 @@ from torch import Tensor
 from bio_inspired_nanochat.kernels.tiles import FAST, launch
 
 MOST_PAIRS = 64  # from more on, matrix units and shared weights win
-ROWS, COLUMNS = (4, 1024) if FAST else (4, 16)  # of a matrix that a program holds at once
-
-
-@triton.jit
-def _choose(logit_ptr, bank_ptr, balance_ptr, shut_ptr, scale_ptr, expert_ptr, gate_ptr, experts, K: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One program: one token. Ties go to the lower index."""
-    token = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK)
-    there = e < experts
-    logit = tl.load(logit_ptr + token * experts + e, mask=there, other=0.0).to(tl.float32)
-    logit = tl.where(there & (tl.load(shut_ptr + e, mask=there, other=1) == 0), logit, float("-inf"))
-    score = logit + tl.load(bank_ptr + e, mask=there, other=0.0) + tl.load(balance_ptr + e, mask=there, other=0.0)
-    score = tl.where(score > float("-inf"), score, float("-inf"))  # NaN too: it can be chosen last, and its gate shows it
-    rank = tl.where(there, K, K + 1)  # K: not chosen
-    for choice in tl.static_range(K):
-        best = tl.max(tl.where(rank == K, score, float("-inf")), 0)
-        place = tl.min(tl.where((rank == K) & (score == best), e, BLOCK), 0)
-        rank = tl.where(e == place, choice, rank)
-    chosen = rank < K
-    top = tl.max(tl.where(chosen, logit, float("-inf")), 0)
-    weight = tl.where(chosen, tl.exp(logit - top), 0.0)
-    gate = weight / tl.sum(weight, 0)
-    if SCALED:
-        gate *= tl.exp(tl.load(scale_ptr + token * experts + e, mask=there, other=0.0).to(tl.float32))
-    tl.store(expert_ptr + token * K + rank, e.to(tl.int64), mask=chosen)
-    tl.store(gate_ptr + token * K + rank, gate, mask=chosen)
+ROWS, COLUMNS = (4, 1024) if FAST else (32, 32)  # of a matrix that a program holds at once
 
 
 @triton.jit
@@ -86,22 +61,6 @@ def _leave(hidden_ptr, expert_ptr, gate_ptr, matrix_ptr, y_ptr, hidden, width, K
 def serves(x: Tensor, choices: int) -> bool:
     """Whether `mix` takes tokens x [S, D] that visit so many experts each."""
     return x.dtype in (torch.float32, torch.bfloat16) and 0 < len(x) * choices <= MOST_PAIRS
-
-
-def choose(logit: Tensor, bank: Tensor, balance: Tensor, shut: Tensor, k: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k experts of every token [S, k] int64 and their gates [S, k] float32, as `SynapticMoE.route` has them without twins.
-
-    logit [S, E] float32; bank, balance [E] float32: what joins the score; shut [E] bool: never chosen while others are left; scale
-    [S, E] float32: log of a factor on the gates, or None.
-    """
-    tokens, experts = logit.shape
-    expert, gates = torch.empty(tokens, k, dtype=torch.long, device=logit.device), logit.new_empty(tokens, k, dtype=torch.float32)
-    logit = logit.contiguous()
-    launch(
-        _choose, (tokens, 1), logit, bank.contiguous(), balance.contiguous(), shut.contiguous(), logit if scale is None else scale.contiguous(),
-        expert, gates, experts, K=k, SCALED=scale is not None, BLOCK=triton.next_power_of_2(experts), num_warps=1,
-    )  # fmt: skip
-    return expert, gates
 
 
 def mix(x: Tensor, expert: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:

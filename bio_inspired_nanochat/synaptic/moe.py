@@ -24,7 +24,7 @@ from bio_inspired_nanochat.config import GPTConfig
 from bio_inspired_nanochat.kernels import rust_moe
 from bio_inspired_nanochat.kernels.grouped import combine, dispatch, group_by_expert, grouped_linear, top_k
 from bio_inspired_nanochat.kernels.scan import for_inference
-from bio_inspired_nanochat.synaptic import native_moe
+from bio_inspired_nanochat.synaptic import held_moe, native_moe
 from bio_inspired_nanochat.synaptic.accounts import Accounts
 from bio_inspired_nanochat.synaptic.expert_synapse import ExpertSynapse, Traits
 from bio_inspired_nanochat.synaptic.glue import relu_squared
@@ -70,14 +70,14 @@ class Probe:
 class Standing(NamedTuple):
     """What a route takes from parameters and accounts alone: the same for every token until a step of training.
 
-    shut [E]: slots that do not compete; bank [E]: what the account of energy adds to a score; twins: whether a slot may have twins;
-    traits: of the synapses, or None.
+    shut [E]: slots that do not compete; bank [E]: what the account of energy adds to a score; traits: of the synapses, or None; router:
+    what routes one token per row in a single kernel (`kernels.route_triton`), or None.
     """
 
     shut: Tensor
     bank: Tensor
-    twins: bool
     traits: Traits | None
+    router: Any = None
 
 
 class Route(NamedTuple):
@@ -161,9 +161,14 @@ class SynapticMoE(SynapticMLP):
         """The next chunk of running sequences, x [B, t, D]; fast weights and experts in `state` advance in place."""
         y = native_moe.mix(self, x, state, chunk)
         if y is None:
-            y, after = self._serve(x, chunk.place(x.device), state.experts, chunk.standing(self))
-            if after is not None:
-                state.experts.copy_(after)
+            place, standing = chunk.place(x.device), chunk.standing(self)
+            if standing is not None and standing.router is not None:
+                expert, gates = standing.router.route(x, place.first, state.experts)
+                y = self.experts(x.flatten(0, 1), expert, gates).view_as(x)
+            else:
+                y, _, after = self.mix(x, place, state.experts, standing=standing)
+                if after is not None:
+                    state.experts.copy_(after)
         return super().step(x, state, chunk) + y
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> ExpertState | None:
@@ -196,25 +201,16 @@ class SynapticMoE(SynapticMLP):
             expert, gates = torch.where(tokens[:, None], slot, expert), torch.where(tokens[:, None], alone, gates)
         return self.experts(x.flatten(0, 1), expert, gates).view_as(x), route, after
 
-    def _serve(self, x: Tensor, place: Place, before: ExpertState | None, standing: Standing | None) -> tuple[Tensor, ExpertState | None]:
-        """As `mix`, where nobody asks for the route; with what decoding holds one kernel makes the choice."""
-        tokens = x.flatten(0, 1)
-        kernels = None if standing is None or standing.twins else _kernels(tokens, self.k)
-        if standing is None or kernels is None:
-            y, _, after = self.mix(x, place, before, standing=standing)
-            return y, after
-        logit, released, after = self._logits(x, place, before, standing)
-        expert, gates = kernels.choose(logit, standing.bank, self.accounts.balance, standing.shut, self.k, released)
-        return self.experts(tokens, expert, gates).view_as(x), after
-
-    def standing(self, held: bool = False) -> Standing:
-        """What the next route takes from parameters and accounts; held: for many tokens of the model as it is now, which waits for the
-        device once and spares them what no slot needs.
-        """
+    def standing(self) -> Standing:
+        """What the next route takes from parameters and accounts."""
         kept = self.accounts
-        twins = not held or bool((kept.child != torch.arange(self.slots, device=kept.child.device)).any())
         traits = None if self.synapse is None else self.synapse.traits(kept.lead)
-        return Standing(~kept.leads(), self.kappa * (kept.energy - 0.5), twins, traits)
+        return Standing(~kept.leads(), self.kappa * (kept.energy - 0.5), traits)
+
+    def hold(self, dtype: torch.dtype) -> Standing:
+        """`standing` for many tokens of the model as it is now, one per row and in this dtype; waits for the device."""
+        standing = self.standing()
+        return standing._replace(router=held_moe.router_of(self, standing, dtype))
 
     def route(
         self, x: Tensor, place: Place, before: ExpertState | None = None, standing: Standing | None = None
@@ -222,7 +218,7 @@ class SynapticMoE(SynapticMLP):
         """Choose k experts for every token of x [B, T, D]."""
         standing = standing or self.standing()
         logit, released, after = self._logits(x, place, before, standing)
-        slot, winner, scale = self._twins(logit, released, standing.twins)
+        slot, winner, scale = self._twins(logit, released)
         bare = (slot + standing.bank).masked_fill(standing.shut, CLOSED)
         score = bare + self.accounts.balance
         places = top_k(score.detach(), self.k)
@@ -253,22 +249,20 @@ class SynapticMoE(SynapticMLP):
         logit = logit if lost is None else logit - lost
         if not self.remembers:
             return logit, None, None
-        effects, after = synapse.course(share[..., self.accounts.lead] if standing.twins else share, place, before, traits)
+        effects, after = synapse.course(share[..., self.accounts.lead], place, before, traits)
         if effects.bias is not None:
             logit = logit + effects.bias
         if effects.slow is not None:
             logit = logit + synapse.nmda_gain * effects.slow * torch.sigmoid(plain)
         return logit, effects.released, after
 
-    def _twins(self, logit: Tensor, released: Tensor | None, twins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _twins(self, logit: Tensor, released: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of every slot the logit, the expert that serves it, and what it releases (see `Effects`), [S, E] each. Equation (L14).
 
         Of two twins the one with the larger logit plus tie serves; how far the slot is its own in all else follows `blend`.
         """
         kept = self.accounts
         places = torch.arange(self.slots, device=logit.device)
-        if not twins:
-            return logit, places.expand_as(logit), released
         younger = logit[:, kept.child] - logit
         serves = (kept.child != places) & (younger + (1 - kept.blend) * kept.tie > 0)
         winner = torch.where(serves, kept.child, places)

@@ -166,7 +166,7 @@ class Arrival(Protocol):
         ...
 
     def standing(self, layer: Any) -> Any:
-        """What the experts of a layer take from its parameters and accounts (`moe.Standing`), or None to have it worked out."""
+        """What the experts of a layer take from its parameters and accounts (`moe.Standing`), or None to work it out anew."""
         ...
 
 

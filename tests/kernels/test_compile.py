@@ -60,7 +60,9 @@ def compiled(kernel, capability: int, constants: dict, tile):
             if name in ALIGNED:
                 aligned[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True} | ({"maxnreg": tile.registers} if tile.registers else {})
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True} | (
+        {"maxnreg": tile.registers} if tile.registers else {}
+    )
     return triton.compile(ASTSource(kernel, signature, fixed, aligned), target=target, options=options)
 
 
