@@ -88,6 +88,7 @@ def opening(
     """See `kernels.fused_opening`."""
     constants, drawn, signature = _terminals(q, p, noise)
     lateral = (p.lateral_strength, p.lateral_window)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))  # a cache is read where it is
     it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, *drawn, *lateral, signature, scale, window, kind)
     (y, stat), names = _outputs(q), it.kernels.spec.states
     final = torch.empty(len(names) + 1, *q.shape[:2], k.shape[2], device=q.device)
@@ -127,7 +128,7 @@ def _keeping(q: Tensor, ticks: int) -> int:
 
 
 class _Layer(NamedTuple):
-    """What the kernels of both directions share."""
+    """What the kernels of both directions share. q, k and v may have any strides but the last; gradients want them dense."""
 
     q: Tensor
     k: Tensor
@@ -153,9 +154,7 @@ class _Layer(NamedTuple):
         gate = (None, None) if cost is None else (running_sum(cost), strength.contiguous())
         noise = () if key is None else (key, first, layer)
         lateral = None if lateral is None else lateral.contiguous()
-        return cls(
-            dense(q), dense(k), dense(v), *plain, *gate, doc, noise, lateral, reach, kernels_for(signature), scale, window, KINDS[kind]
-        )  # fmt: skip
+        return cls(q, k, v, *plain, *gate, doc, noise, lateral, reach, kernels_for(signature), scale, window, KINDS[kind])
 
     @property
     def ticks(self) -> int:
@@ -240,7 +239,8 @@ def fused_op(
     """y, laid out [B, T, H, D] in memory, the statistic of every query's logits [B, H, T] (`kernels.attention_triton`), the
     drive [B * H, N, T] if it is kept, else nothing, and the sums of those of `SHORTAGES` that the signature names.
     """
-    it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, window, kind)
+    sides, gate = (dense(q), dense(k), dense(v)), (cost, strength)
+    it = _Layer.of(*sides, theta, constants, *gate, doc, key, first, layer, lateral, reach, signature, scale, window, kind)
     y, stat = _outputs(q)
     kept, low = it.kept(), it.low()
     for site, _, planes, _, _ in it.sites(kept, low, backward=False):
@@ -268,8 +268,8 @@ def fused_adjoint(
     signature: str, scale: float, window: int | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, theta, constants, cost, strength and lateral, of their shapes (empty without barrier or inhibition)."""
+    q, k, v, grad = dense(q), dense(k), dense(v), dense(grad)
     it = _Layer.of(q, k, v, theta, constants, cost, strength, doc, key, first, layer, lateral, reach, signature, scale, window, kind)
-    q, k, v, grad = it.q, it.k, it.v, dense(grad)
     batch, heads, tokens, _ = q.shape
     delta, side = attention_adjoint_triton.row_products(grad, y, stat, scale)
     gq, gk, gv = torch.empty_like(q), key_gradients(q, k), key_gradients(q, v)

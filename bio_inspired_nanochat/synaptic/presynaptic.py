@@ -11,6 +11,7 @@ Numbered equations are those of prompts/hybrid.md and prompts/presynapse.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,11 @@ def _of(table: dict[str, tuple[str, ...]], on: set[str]) -> list[str]:
 
 def _logit(share: float | Tensor) -> float | Tensor:
     return torch.logit(share) if isinstance(share, Tensor) else math.log(share / (1 - share))
+
+
+def _shifted(name: str, raw: Mapping[str, Tensor], effects: Mapping[str, Tensor]) -> Tensor:
+    """A stored value with what the genome adds to it."""
+    return raw[name] + effects[name] if name in effects else raw[name]
 
 
 class Presynaptic(nn.Module):
@@ -126,7 +132,7 @@ class Presynaptic(nn.Module):
             values[name] = getattr(self.cfg, name) * factor
             if name in effects:
                 values[name] = values[name] * torch.exp(effects[name])
-        shift = {name: raw[name] + effects.get(name, 0.0) for name in self.shifted}
+        shift = {name: _shifted(name, raw, effects) for name in self.shifted}
         values["release_bias"] = self.cfg.release_bias + shift["release_bias"] - self._rest_clamp(values, effects)
         for name in ("syt_mix", "rec_rate"):
             if name in shift:
@@ -179,13 +185,14 @@ class Presynaptic(nn.Module):
         """Drive threshold [H], kept inside (THETA_LOW, THETA_HIGH)."""
         raw, effects = self._raw()
         span = THETA_HIGH - THETA_LOW
-        shift = raw["theta"] + effects.get("theta", 0.0)
+        shift = _shifted("theta", raw, effects)
         return THETA_LOW + span * torch.sigmoid(shift * 4 / span + _logit((self.cfg.theta - THETA_LOW) / span))
 
     def strength(self) -> Tensor:
         """Barrier strength s_B [H] >= 0, with a straight-through gradient at the bound."""
         raw = self.barrier_strength
-        return raw + (raw.clamp(min=0) - raw).detach()
+        bounded = raw.clamp(min=0)
+        return raw + (bounded - raw).detach() if torch.is_grad_enabled() else bounded
 
     def barrier_cost(self, x: Tensor) -> Tensor:
         """What the barrier charges for each token, x [B, T, n_embd] to [B, H, T] float: -log f of the forgetting gate
