@@ -5,6 +5,8 @@ terminal and the NMDA trace of every expert over one token, and the choice. As a
 mechanisms; the equations of the terminal come from `kernels.terminal`. A row at position -1 changes nothing.
 
 Dimensions: B batch, E experts, k choices, D width, d and s sizes of identities and SNARE codes, W = E + d + s, C constants of a terminal.
+
+Numbered equations are those of prompts/life_cycle.md.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ def _after_token(spec: Spec) -> Callable[..., list[Tensor]]:
 
 @functools.cache
 def _kernel(tick: int, signature: str | None, identity: bool, snare: bool, near: bool, vesicles: bool, nmda: bool) -> Any:
-    """The kernel of a set of mechanisms; signature: of the terminals, or None without."""
+    """The kernel of a set of mechanisms; signature: of the terminals, or None without. Equations (L1), (L2), (L4), (L5), (L6) and (L7)."""
     lines = [
         "row = tl.program_id(0).to(tl.int64)",
         "now = tl.load(position_ptr + row)",
