@@ -170,6 +170,14 @@ class GraphDecoder:
         self._tick = ticks.pop() if ticks else None
 
     @torch.no_grad()
+    def record(self) -> None:
+        """Record the graphs that `step` records otherwise at the first token that needs them; nothing to do off CUDA. Raises NotRecorded."""
+        for ends in (False, True) if self._tick is not None else (False,):
+            if self._capture and ends not in self._graphs:
+                self._graphs[ends] = self._captured(ends)
+                self._expected = None
+
+    @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """Read token ids [B] and return logits [B, V] float32; the state advances in place. Raises NotRecorded, before it does."""
         state, starts = self.state, self.state.pos.tolist()

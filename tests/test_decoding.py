@@ -206,6 +206,9 @@ def rehearsal(device="cpu"):
             work.run(lambda: None)
     ordinary, once, twice = (work.state for work in works)
     assert off(once, ordinary) <= 1e-5 and off(twice, once) == 0
+    before = once.clone()
+    assert works[0].recording() is None and works[1].recording() > 0
+    assert off(once, before) == 0, "recording leaves the text as it is"
 
 
 def test_a_captured_step_is_an_ordinary_step_in_the_interpreter():
@@ -278,6 +281,8 @@ def test_a_graph_gives_the_same_twice(case):
     ids, state = read(model, device="cuda")
     states = state.clone(), state
     decoders = [GraphDecoder(model, one) for one in states]
+    decoders[1].record()
+    assert off(*states) == 0 and len(decoders[1]._graphs) == (1 if decoders[1]._tick is None else 2)
     for at in range(PROMPT, LENGTH):
         assert torch.equal(*(decoder.step(ids[:, at]) for decoder in decoders))
     assert off(*states) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +42,11 @@ from bio_inspired_nanochat.decoding import GraphDecoder, graph_obstacle
 from bio_inspired_nanochat.errors import UserError
 from bio_inspired_nanochat.gpt import GPT
 from bio_inspired_nanochat.synaptic import SynapseState
+from bio_inspired_nanochat.training.clock import wait_for_device
 
 HEADLINE_CONTEXT = 4096
 _MODELS = ("vanilla", "synaptic")
-COLUMNS = ("context", "batch", "model", "first token ms", "x vanilla", "step ms", "quartiles", "x vanilla", "tok/s", "runs")
+COLUMNS = ("context", "batch", "model", "first token ms", "x vanilla", "step ms", "quartiles", "x vanilla", "tok/s", "record ms", "runs")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,18 @@ class Decoding:
         if self.graph:
             self.decoder = GraphDecoder(self.model, self.state)
 
+    def recording(self) -> float | None:
+        """Seconds until a decoder has its graphs, once the kernels are there: what an answer pays before its first quick token. None
+        without graphs.
+        """
+        if self.decoder is None:
+            return None
+        wait_for_device(self.prompt.device)
+        began = time.perf_counter()
+        GraphDecoder(self.model, self.decoder.state).record()
+        wait_for_device(self.prompt.device)
+        return time.perf_counter() - began
+
     def _empty(self) -> SynapseState:
         return self.model.init_state(self.prompt.shape[0], self.prompt.shape[1] + self.new_tokens)
 
@@ -138,6 +152,7 @@ class Measured:
     batch: int
     new_tokens: int
     courses: list[Course] | None = None
+    recordings: Sequence[float | None] = (None, None)
     skipped: str = ""
 
     def ratio(self, phase: int) -> Spread | None:
@@ -153,11 +168,12 @@ class Measured:
         if self.courses is None:
             return [size | {"model": name, "skipped": self.skipped} for name in _MODELS]
         rows = []
-        for name, course in zip(_MODELS, self.courses, strict=True):
+        for name, course, recording in zip(_MODELS, self.courses, self.recordings, strict=True):
             first, step = course.spread(0).times(1e3), course.spread(1).times(1e3 / self.new_tokens)
             row = size | {"model": name, "first_token_ms": short(first.median), "step_ms": short(step.median)}
             row |= {"first_token_ms_quartiles": quartiles(first), "step_ms_quartiles": quartiles(step)}
-            rows.append(row | {"tok_per_s": short(1e3 * self.batch / step.median), "runs": step.count})
+            row |= {"tok_per_s": short(1e3 * self.batch / step.median), "record_ms": None if recording is None else short(1e3 * recording)}
+            rows.append(row | {"runs": step.count})
         first_ratio, step_ratio = self.ratio(0), self.ratio(1)
         assert first_ratio is not None and step_ratio is not None
         rows[1] |= {"first_token_ratio": short(first_ratio.median), "first_token_ratio_quartiles": quartiles(first_ratio)}
@@ -171,7 +187,7 @@ class Measured:
         for row, course in zip(self.records(), self.courses, strict=True):
             quarters = shown(course.spread(1).times(1e3 / self.new_tokens))
             first = (row["context"], row["batch"], row["model"], row["first_token_ms"], row.get("first_token_ratio"))
-            found.append((*first, row["step_ms"], quarters, row.get("step_ratio"), row["tok_per_s"], row["runs"]))
+            found.append((*first, row["step_ms"], quarters, row.get("step_ratio"), row["tok_per_s"], row["record_ms"], row["runs"]))
         return found
 
 
@@ -256,6 +272,7 @@ def _measure(size: Measured, models: Sequence[GPT], seconds: float, seed: int, g
     try:
         for competitor in competitors.values():
             warm_up(competitor, device, runs=2)
+        size.recordings = [work.recording() for work in works]
         courses = interleave(competitors, device, seconds)
     except failures() as error:
         size.skipped = reason(error)

@@ -129,6 +129,7 @@ def test_decoding_is_compared_at_the_largest_context_with_the_smallest_batch(cap
     assert record["new_tokens"] == 8 and record["step_ratio_of"] == {"context": 20, "batch": 1}
     rows = {(row["context"], row["batch"], row["model"]): row for row in record["rows"]}
     assert len(rows) == len(record["rows"]) == 8 and all(row["first_token_ms"] > 0 for row in rows.values())
+    assert all(row["record_ms"] is None for row in rows.values()), "without graphs nothing is recorded"
     headline = rows[20, 1, "synaptic"]
     assert record["step_ratio"] == headline["step_ratio"] > 0 and headline["first_token_ratio"] > 0
     for (_, batch, _), row in rows.items():
