@@ -46,7 +46,8 @@ def choose(logit, open_slot, bank_ptr, balance_ptr, scale, expert_ptr, gate_ptr,
     """The K best of one token's logits [BLOCK], and their gates, times e ** scale. Ties go to the lower index."""
     logit = tl.where(open_slot, logit, float("-inf"))
     score = logit + tl.load(bank_ptr + e, mask=there, other=0.0) + tl.load(balance_ptr + e, mask=there, other=0.0)
-    score = tl.where(score > float("-inf"), score, float("-inf"))  # NaN too: it can be chosen last, and its gate shows it
+    score = tl.where(score <= float("inf"), score, float("inf"))  # NaN is the largest, as for `grouped.top_k`: its gate shows it
+    score = tl.where(open_slot, score, float("-inf"))
     rank = tl.where(there, K, K + 1)  # K: not chosen
     for choice in tl.static_range(K):
         best = tl.max(tl.where(rank == K, score, float("-inf")), 0)

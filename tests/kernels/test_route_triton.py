@@ -90,6 +90,11 @@ def choice(device="cpu"):
         expert, wrong = router.route(x, positions, None)
         assert (expert.sort(1).values.diff(dim=1) > 0).all() and 0 <= expert.min() and expert.max() < experts
         assert wrong[1].isnan().any() and torch.equal(wrong[2:], gates[2:])
+        layer.router[1] = float("nan")  # one damaged expert of sound ones: it must not be passed over in silence
+        route, _ = layer.route(x, Place(positions, None, None))
+        expert, gates = layer.hold(torch.float32).router.route(x, positions, None)
+        assert torch.equal(expert, route.expert) and (expert[2:, 0] == 1).all()
+        assert gates.isnan().all() and route.gates.isnan().all()
 
 
 @torch.no_grad()
