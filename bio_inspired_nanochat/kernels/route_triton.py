@@ -29,16 +29,22 @@ from bio_inspired_nanochat.kernels.tiles import launch
 from bio_inspired_nanochat.kernels.types import PresynParams
 
 MOST_EXPERTS = 128  # whose nearness to each other one program holds
+MOST_CODE = 32  # elements of a code that one program holds at once: with all of a long one, its registers would spill
 STATES = ("calcium", "vesicles")
 
 
 @triton.jit
 def cosines(seen_ptr, codes_ptr, e, there, size, BLOCK: tl.constexpr):
     """Cosine of what a token shows in code space [size] and the codes of experts e [E, size], which have length 1."""
-    d = tl.arange(0, BLOCK)
-    seen = tl.load(seen_ptr + d, mask=d < size, other=0.0).to(tl.float32)
-    codes = tl.load(codes_ptr + e[:, None] * size + d[None, :], mask=there[:, None] & (d < size)[None, :], other=0.0)
-    return tl.sum(codes * seen[None, :], 1) / tl.maximum(tl.sqrt(tl.sum(seen * seen, 0)), 1e-12)
+    total = tl.zeros([e.shape[0], BLOCK], tl.float32)
+    length = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, size, BLOCK):
+        d = begin + tl.arange(0, BLOCK)
+        seen = tl.load(seen_ptr + d, mask=d < size, other=0.0).to(tl.float32)
+        codes = tl.load(codes_ptr + e[:, None] * size + d[None, :], mask=there[:, None] & (d < size)[None, :], other=0.0)
+        total += codes * seen[None, :]
+        length += seen * seen
+    return tl.sum(total, 1) / tl.maximum(tl.sqrt(tl.sum(length, 0)), 1e-12)
 
 
 @triton.jit
@@ -65,8 +71,9 @@ def choose(logit, open_slot, bank_ptr, balance_ptr, scale, expert_ptr, gate_ptr,
 class Router:
     """What a route takes from parameters and accounts alone; all tensors float32 but `sees`.
 
-    sees [W, D]: router, probe and cargo, of the activations' dtype; shut [E] bool: never chosen while others are left; bank, balance [E]: what joins the score;
-    identity [E, d], snare [E, s]: codes of length 1, or None; near [E, E]: how strongly slots inhibit each other, gain included, or None;
+    sees [W, D]: router, probe and cargo, of the activations' dtype; shut [E] bool: never chosen while others are left; bank, balance [E]:
+    what joins the score; identity [E, d], snare [E, s]: codes of length 1, or None; near [E, E]: how strongly slots inhibit each other,
+    gain included, or None;
     kinetics: of every expert, or None; vesicle_gain: of what it releases, or None; nmda: gain and decay per tick, or None; fair: experts
     of a fair share.
     """
@@ -113,12 +120,13 @@ class Router:
         batch = x.shape[0]
         expert, gates = torch.empty(batch, self.k, dtype=torch.long, device=x.device), self.bank.new_empty(batch, self.k)
         codes = [1 if code is None else code.shape[1] for code in (self.identity, self.snare)]
+        pieces = [min(triton.next_power_of_2(size), MOST_CODE) for size in codes]
         given = (self.identity, self.snare, self.near, self.constants, *((None,) * 4 if state is None else state))
         launch(
             self.kernel, (batch, 1), seen, positions, self.shut, self.bank, self.balance, *(seen if part is None else part for part in given),
             expert, gates, experts, self.sees.shape[0], *codes, self.fair, self.identity_gain, self.snare_gain, self.vesicle_gain or 0.0,
             *(self.nmda or (0.0, 0.0)),
-            K=self.k, BLOCK=triton.next_power_of_2(experts), D=triton.next_power_of_2(codes[0]), S=triton.next_power_of_2(codes[1]), num_warps=4,
+            K=self.k, BLOCK=triton.next_power_of_2(experts), D=pieces[0], S=pieces[1], num_warps=4,
         )  # fmt: skip
         return expert, gates
 

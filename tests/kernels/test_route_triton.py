@@ -23,7 +23,8 @@ SETS = [set(chosen) for size in (0, 1, 4, 5) for chosen in itertools.combination
 
 def mixture(parts, synapses=True, experts=6, choices=2, slots=7, width=16):
     """Experts with parameters, accounts and gains of all kinds; the last slots are empty."""
-    cfg = dataclasses.replace(SynapticConfig(), tick=TICK, tau_c=4.0, tau_rrp=6.0, identity_dim=5, snare_dim=3)
+    sizes = {"identity_dim": 37, "snare_dim": 3}  # more than what the kernel holds of a code at once, and less
+    cfg = dataclasses.replace(SynapticConfig(), tick=TICK, tau_c=4.0, tau_rrp=6.0, **sizes)
     for name in (*PARTS, "vesicle_output"):
         value = getattr(cfg, name)
         cfg = dataclasses.replace(cfg, **{name: type(value)(0.7 if name in parts and isinstance(value, float) else name in parts)})
