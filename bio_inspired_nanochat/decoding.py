@@ -134,8 +134,9 @@ def graph_obstacle(model: GPT, state: SynapseState) -> str | None:
 class GraphDecoder:
     """Decodes one token per row of `state`, which stays valid for `model.step` and for copies between any two tokens.
 
-    Weights, kinetics and accounts of experts are those at construction. The tensors of the state must stay where they are: a copy or a selection
-    of rows needs a decoder of its own, which `follow` makes. Raises UserError when it cannot serve the model or the state.
+    Weights, kinetics and accounts of experts must stay what they are: some are copied at construction, the others are read where they lie,
+    so that a step of training or a consolidation calls for a new decoder. The tensors of the state must stay where they are: a copy or a
+    selection of rows needs a decoder of its own, which `follow` makes. Raises UserError when it cannot serve the model or the state.
     """
 
     def __init__(self, model: GPT, state: SynapseState, *, capture: bool = True) -> None:

@@ -17,7 +17,8 @@ from bio_inspired_nanochat.kernels.scan import for_inference
 def router_of(layer: Any, standing: Any, dtype: torch.dtype) -> Any:
     """The `kernels.route_triton.Router` of a `SynapticMoE` as it is now, for activations of this dtype, or None where the kernel cannot serve.
 
-    standing: of the layer. Waits for the device.
+    standing: of the layer. Everything is a copy: half of a layer before a step of training and half of it behind one would be no layer.
+    Waits for the device.
     """
     kept, synapse, traits = layer.accounts, layer.synapse, standing.traits
     if not for_inference(kept.energy) or dtype not in (torch.float32, torch.bfloat16) or kept.energy.dtype != torch.float32:
@@ -30,7 +31,9 @@ def router_of(layer: Any, standing: Any, dtype: torch.dtype) -> Any:
         return None
     maps, parts = [layer.router], {}
     if synapse is not None:
-        cfg, parts["kinetics"] = synapse.cfg, traits.kinetics
+        cfg = synapse.cfg
+        if (p := traits.kinetics) is not None:  # whose gains are the parameters themselves
+            parts["kinetics"] = p._replace(gain_release=p.gain_release.clone(), gain_depletion=p.gain_depletion.clone())
         if traits.identity is not None:
             maps.append(synapse.gate_probe)
             parts |= {"identity": traits.identity.contiguous(), "identity_gain": synapse.identity_gain.item()}
@@ -44,4 +47,4 @@ def router_of(layer: Any, standing: Any, dtype: torch.dtype) -> Any:
         if cfg.expert_plasticity and cfg.vesicle_output:
             parts["vesicle_gain"] = synapse.vesicle_gain.item()
     tick, sees = 1 if synapse is None else synapse.cfg.tick, torch.cat(maps).to(dtype)
-    return route_triton.Router(layer.k, tick, layer.fair, sees, standing.shut, standing.bank, kept.balance, **parts)
+    return route_triton.Router(layer.k, tick, layer.fair, sees, standing.shut, standing.bank, kept.balance.clone(), **parts)

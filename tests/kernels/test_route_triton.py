@@ -99,6 +99,23 @@ def choice(device="cpu"):
 
 
 @torch.no_grad()
+def constancy():
+    """What is held is of one moment, also before the first token: no parameter and no account that changes later gets into it."""
+    layer = mixture({*PARTS, "vesicle_output"})
+    x, positions = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(2)), torch.zeros(3, dtype=torch.long)
+
+    def routed(router):
+        return router.route(x, positions, ExpertState(*torch.full((4, 3, layer.slots), 0.5)))
+
+    held, want = layer.hold(torch.float32).router, routed(layer.hold(torch.float32).router)
+    changing = [layer.router, *layer.synapse.parameters(), layer.accounts.energy, layer.accounts.balance]
+    for tensor in changing:
+        tensor.add_(10 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)))
+    assert all(torch.equal(*pair) for pair in zip(routed(held), want, strict=True))
+    assert not torch.equal(routed(layer.hold(torch.float32).router)[1], want[1])
+
+
+@torch.no_grad()
 def refusals():
     from bio_inspired_nanochat.kernels import route_triton
 
@@ -112,7 +129,7 @@ def refusals():
 
 
 def test_one_kernel_routes_as_training_does_in_the_interpreter():
-    run_interpreted("from tests.kernels.test_route_triton import *\nequality()\nchoice()\nrefusals()")
+    run_interpreted("from tests.kernels.test_route_triton import *\nequality()\nchoice()\nconstancy()\nrefusals()")
 
 
 def test_without_a_gpu_nothing_is_held():
